@@ -1,0 +1,246 @@
+"""Time-conditioned adaLN: argument checks, operator registration, autograd and backend choice.
+
+Modulation tables have one row per block, (B, S, D): S == T is per-token conditioning, S == 1 per-sample. Each sample's
+row s serves every token of block s, so a table is S/T of the size of what it modulates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ard_kernels.backends import adaln_eager, chosen
+from ard_kernels.layout import BlockLayout
+
+_BACKENDS = {"eager": adaln_eager}
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def adaln(x: Tensor, shift: Tensor, scale: Tensor, layout: BlockLayout, eps: float = 1e-6) -> Tensor:
+    """LN(x) * (1 + scale) + shift: layer norm without affine parameters, then one modulation row per block.
+
+    Args:
+        x: (B, T, D), T = layout.total.
+        shift, scale: (B, S, D), any floating dtype, strided views of a packed (B, S, 6, D) table included.
+        layout: the S blocks.
+        eps: added to the variance.
+
+    Returns:
+        (B, T, D) in the dtype of x, or in the autocast dtype under autocast (what the next linear layer wants).
+        Differentiable in x, shift and scale. Arithmetic is at least float32. The definition is
+        `ard_kernels.reference.adaln`; DiT, arXiv 2212.09748, section 3.2 (adaLN-Zero).
+
+    Raises:
+        ValueError: a shape, dtype, device or layout that does not fit; the message names it.
+    """
+    _check("adaln", x, layout, shift=shift, scale=scale)
+    y, _, _ = _adaln(x, shift, scale, layout.lengths, eps, _branch_dtype(x), chosen())
+    return cast(Tensor, y)
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, layout: BlockLayout) -> Tensor:
+    """x + gate * branch, one gate row per block.
+
+    Args:
+        x, branch: (B, T, D), T = layout.total; the branch may have another floating dtype than x.
+        gate: (B, S, D), any floating dtype and strides.
+        layout: the S blocks.
+
+    Returns:
+        (B, T, D) in the dtype of x, differentiable in x, branch and gate. The definition is
+        `ard_kernels.reference.gated_residual`.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout that does not fit; the message names it.
+    """
+    _check("gated_residual", x, layout, branch, gate=gate)
+    return cast(Tensor, _gated_residual(x, branch, gate, layout.lengths, chosen()))
+
+
+def gated_residual_adaln(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    layout: BlockLayout,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """`gated_residual` and `adaln` of its result in one pass: (x + gate * branch, adaLN of that).
+
+    Arguments, errors and dtypes are those of the two functions. The statistics are those of the residual as it is
+    stored, after rounding. The definition is `ard_kernels.reference.gated_residual_adaln`.
+    """
+    _check("gated_residual_adaln", x, layout, branch, gate=gate, shift=shift, scale=scale)
+    x, y, _, _ = _gated_residual_adaln(
+        x, branch, gate, shift, scale, layout.lengths, eps, _branch_dtype(x), chosen()
+    )
+    return x, y
+
+
+def _branch_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _check(name: str, x: Tensor, layout: BlockLayout, branch: Tensor | None = None, **tables: Tensor) -> None:
+    if not isinstance(layout, BlockLayout):
+        raise ValueError(f"{name}: layout is {type(layout).__name__}, accepted is BlockLayout")
+    if x.dim() != 3 or x.shape[1] != layout.total:
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)}, accepted is (B, {layout.total}, D) "
+                         f"({layout.blocks} blocks of {layout.lengths})")  # fmt: skip
+    if branch is not None and branch.shape != x.shape:
+        raise ValueError(f"{name}: branch has shape {tuple(branch.shape)}, x has {tuple(x.shape)}")
+    wanted = (x.shape[0], layout.blocks, x.shape[2])
+    for label, table in tables.items():
+        if table.shape != wanted:
+            raise ValueError(f"{name}: {label} has shape {tuple(table.shape)}, accepted is {wanted}, a row per block")
+    for label, tensor in (("x", x), *tables.items(), *([("branch", branch)] if branch is not None else [])):
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(f"{name}: {label} is {tensor.dtype}, accepted are {', '.join(map(str, _FLOATS))}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: {label} is on {tensor.device}, x is on {x.device}")
+
+
+def _statistics(x: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.empty(x.shape[:2], dtype=wide, device=x.device)
+
+
+def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("ard_kernels::adaln", mutates_args=())
+def _adaln(
+    x: Tensor, shift: Tensor, scale: Tensor, lengths: Sequence[int], eps: float, out_dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns y and, for the backward, mean and reciprocal standard deviation, float32 (B, T)."""
+    return _BACKENDS[backend].adaln_forward(x, shift, scale, BlockLayout(lengths), eps, out_dtype)
+
+
+@_adaln.register_fake
+def _(
+    x: Tensor, shift: Tensor, scale: Tensor, lengths: Sequence[int], eps: float, out_dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(x, out_dtype), _statistics(x), _statistics(x)
+
+
+@torch.library.custom_op("ard_kernels::adaln_backward", mutates_args=())
+def _adaln_backward(
+    dy: Tensor, dx_residual: Tensor | None, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
+    lengths: Sequence[int], backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, shift and scale; `dx_residual` is what x receives from elsewhere, added in the same pass."""
+    return _BACKENDS[backend].adaln_backward(dy, dx_residual, x, scale, mean, rstd, BlockLayout(lengths))
+
+
+@_adaln_backward.register_fake
+def _(
+    dy: Tensor, dx_residual: Tensor | None, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
+    lengths: Sequence[int], backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _like(x), _like(scale), _like(scale)
+
+
+def _adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, shift, scale, ctx.lengths, _, _, ctx.backend = inputs
+    ctx.save_for_backward(x, scale, *output[1:])
+    ctx.shift_dtype = shift.dtype
+
+
+def _adaln_grad(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dshift, dscale = _adaln_backward(dy, None, *ctx.saved_tensors, ctx.lengths, ctx.backend)
+    return dx, dshift.to(ctx.shift_dtype), dscale, None, None, None, None
+
+
+_adaln.register_autograd(_adaln_grad, setup_context=_adaln_setup)
+
+
+@torch.library.custom_op("ard_kernels::gated_residual", mutates_args=())
+def _gated_residual(x: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str) -> Tensor:
+    return _BACKENDS[backend].gated_residual_forward(x, branch, gate, BlockLayout(lengths))
+
+
+@_gated_residual.register_fake
+def _(x: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str) -> Tensor:
+    return _like(x)
+
+
+@torch.library.custom_op("ard_kernels::gated_residual_backward", mutates_args=())
+def _gated_residual_backward(
+    dx: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of branch and gate; that of x is `dx` itself."""
+    return _BACKENDS[backend].gated_residual_backward(dx, branch, gate, BlockLayout(lengths))
+
+
+@_gated_residual_backward.register_fake
+def _(dx: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str) -> tuple[Tensor, Tensor]:
+    return _like(branch), _like(gate)
+
+
+def _gated_residual_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, branch, gate, ctx.lengths, ctx.backend = inputs
+    ctx.save_for_backward(branch, gate)
+
+
+def _gated_residual_grad(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+    return dx, *_gated_residual_backward(dx, *ctx.saved_tensors, ctx.lengths, ctx.backend), None, None
+
+
+_gated_residual.register_autograd(_gated_residual_grad, setup_context=_gated_residual_setup)
+
+
+@torch.library.custom_op("ard_kernels::gated_residual_adaln", mutates_args=())
+def _gated_residual_adaln(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, lengths: Sequence[int], eps: float,
+    out_dtype: torch.dtype, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    layout = BlockLayout(lengths)
+    return _BACKENDS[backend].gated_residual_adaln_forward(x, branch, gate, shift, scale, layout, eps, out_dtype)
+
+
+@_gated_residual_adaln.register_fake
+def _(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, lengths: Sequence[int], eps: float,
+    out_dtype: torch.dtype, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _like(x), _like(x, out_dtype), _statistics(x), _statistics(x)
+
+
+@torch.library.custom_op("ard_kernels::gated_residual_adaln_backward", mutates_args=())
+def _gated_residual_adaln_backward(
+    dx: Tensor, dy: Tensor, x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
+    lengths: Sequence[int], backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """x is the forward's residual output. Gradients of the forward's x, branch, gate, shift and scale."""
+    layout = BlockLayout(lengths)
+    return _BACKENDS[backend].gated_residual_adaln_backward(dx, dy, x, branch, gate, scale, mean, rstd, layout)
+
+
+@_gated_residual_adaln_backward.register_fake
+def _(
+    dx: Tensor, dy: Tensor, x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
+    lengths: Sequence[int], backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _like(x), _like(branch), _like(gate), _like(scale), _like(scale)
+
+
+def _gated_residual_adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, branch, gate, shift, scale, ctx.lengths, _, _, ctx.backend = inputs
+    x, _, mean, rstd = output
+    ctx.save_for_backward(x, branch, gate, scale, mean, rstd)
+    ctx.shift_dtype = shift.dtype
+
+
+def _gated_residual_adaln_grad(ctx: Any, dx: Tensor, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _gated_residual_adaln_backward(dx, dy, *ctx.saved_tensors, ctx.lengths, ctx.backend)
+    dx, dbranch, dgate, dshift, dscale = grads
+    return dx, dbranch, dgate, dshift.to(ctx.shift_dtype), dscale, None, None, None, None
+
+
+_gated_residual_adaln.register_autograd(_gated_residual_adaln_grad, setup_context=_gated_residual_adaln_setup)

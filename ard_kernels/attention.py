@@ -1,0 +1,145 @@
+"""Attention between blocks of tokens: argument checks, operator registration, autograd and backend choice.
+
+There is one operator, `ard_kernels::block_attention`, for the one-pass form (``block = -1``: q holds every block) and
+for one step of sampling with a KV cache (``block = s``: q holds block s, k and v are caches of the whole sequence).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ard_kernels.backends import attention_eager, chosen
+from ard_kernels.layout import BlockLayout, Mask, check_mask
+
+_BACKENDS = {"eager": attention_eager}
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, mask: Mask = "causal", scale: float | None = None
+) -> Tensor:
+    """Attention in which the tokens of one block see all tokens of the blocks that `mask` names.
+
+    Args:
+        q, k, v: (B, T, H, Dh), T = layout.total, one floating dtype; any strides (slices of a packed qkv included).
+        layout: the blocks.
+        mask: "causal" (blocks 0..i), "diagonal" (block i), "window" (i-1 and i) or "anchor" (0 and i).
+        scale: factor on q k^T; None is Dh ** -0.5.
+
+    Returns:
+        (B, T, H, Dh) in the dtype of q; under autocast inputs are cast to the autocast dtype. Differentiable in q, k
+        and v. The definition is `ard_kernels.reference.block_attention`; masks M1-M4 of ARD (arXiv 2504.11295).
+
+    Raises:
+        ValueError: a shape, dtype, device, layout or mask that does not fit; the message names it.
+    """
+    _check("block_attention", q, k, v, layout, mask, queries=layout.total)
+    return _call(q, k, v, layout, mask, scale, -1)
+
+
+def cached_block_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    layout: BlockLayout,
+    block: int,
+    mask: Mask = "causal",
+    scale: float | None = None,
+) -> Tensor:
+    """One block's rows of `block_attention`, keys and values read from caches of the whole sequence.
+
+    Args:
+        q: (B, L_block, H, Dh), the queries of `block`.
+        k_cache, v_cache: (B, T, H, Dh). Rows of blocks that `mask` hides, later blocks above all, are never read;
+            the caller has written the rows of `block` itself.
+        block: 0..S-1. layout, mask, scale: as in `block_attention`.
+
+    Returns:
+        (B, L_block, H, Dh) in the dtype of q; differentiable in q and in both caches (zero in hidden rows).
+    """
+    if not 0 <= block < layout.blocks:
+        raise ValueError(f"cached_block_attention: block is {block}, layout has blocks 0..{layout.blocks - 1}")
+    _check("cached_block_attention", q, k_cache, v_cache, layout, mask, queries=layout.lengths[block])
+    return _call(q, k_cache, v_cache, layout, mask, scale, block)
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, mask: Mask, scale: float | None, block: int) -> Tensor:
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    out, _ = _block_attention(q, k, v, layout.lengths, mask, scale, block, chosen())
+    return cast(Tensor, out)
+
+
+def _check(name: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, mask: str, queries: int) -> None:
+    if not isinstance(layout, BlockLayout):
+        raise ValueError(f"{name}: layout is {type(layout).__name__}, accepted is BlockLayout")
+    check_mask(mask, name)
+    blocks = f"{layout.blocks} blocks of {layout.lengths[0] if layout.is_uniform else layout.lengths}"
+    for label, x, tokens in (("q", q, queries), ("k", k, layout.total), ("v", v, layout.total)):
+        if x.dim() != 4:
+            raise ValueError(f"{name}: {label} has shape {tuple(x.shape)}, accepted is (B, T, H, Dh)")
+        if x.shape[1] != tokens:
+            wanted = f"layout has {layout.total} ({blocks})" if tokens == layout.total else f"the block has {tokens}"
+            raise ValueError(f"{name}: {label} has {x.shape[1]} tokens, {wanted}")
+        if (x.shape[0], *x.shape[2:]) != (q.shape[0], *q.shape[2:]):
+            raise ValueError(f"{name}: {label} has shape {tuple(x.shape)}, q has {tuple(q.shape)}; "
+                             "B, H and Dh must be the same")  # fmt: skip
+        if x.dtype not in _FLOATS:
+            raise ValueError(f"{name}: {label} is {x.dtype}, accepted are {', '.join(map(str, _FLOATS))}")
+        if x.device != q.device or x.dtype != q.dtype:
+            raise ValueError(f"{name}: {label} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}")
+
+
+@torch.library.custom_op("ard_kernels::block_attention", mutates_args=())
+def _block_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], mask: str, scale: float, block: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Returns out like q, and what the backend's backward wants besides: the float32 log-sum-exp (B, H, queries)
+    where it has one, else an empty tensor."""
+    return _BACKENDS[backend].attention_forward(q, k, v, BlockLayout(lengths), cast(Mask, mask), scale, block)
+
+
+@_block_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], mask: str, scale: float, block: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    keeps = _BACKENDS[backend].attention_keeps_lse(q, BlockLayout(lengths), cast(Mask, mask))
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]) if keeps else (0,), dtype=torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+@torch.library.custom_op("ard_kernels::block_attention_backward", mutates_args=())
+def _block_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lengths: Sequence[int], mask: str,
+    scale: float, block: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    layout = BlockLayout(lengths)
+    return _BACKENDS[backend].attention_backward(dout, q, k, v, out, lse, layout, cast(Mask, mask), scale, block)
+
+
+@_block_attention_backward.register_fake
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lengths: Sequence[int], mask: str,
+    scale: float, block: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_block_attention_backward(dout, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+
+
+_block_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,145 @@
+"""Every operator composed of PyTorch's own, on any device, without work on hidden pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ard_kernels.layout import BlockLayout, Mask
+
+_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Keys per query up to which plain matmuls beat PyTorch's fused CPU attention in half precision, forward + backward on
+# 2 AMX cores: 1.0 against 9.5 ms at 16 keys, 16 against 29 at 64, 16 against 32 at 256 (head dim 64), 100 against 91
+# at 1024. In float32 the fused kernel won at every length (11 against 18 ms at 64 keys, 124 against 279 at 1024).
+_MATMUL_KEYS = 512
+
+# Elements of a score matrix worked on at once: forward + backward at (16, 6, 256, 64) bf16 took 11 ms with 2^20 and
+# 16 ms unbounded, on 2 cores with 2 MiB of L2 each.
+_SCORES = {"cpu": 1 << 20, "cuda": 1 << 28}
+
+
+def attention_keeps_lse(q: Tensor, layout: BlockLayout, mask: Mask) -> bool:
+    """True: the fused CPU kernel is used, whose backward wants the log-sum-exp. False: matmuls and a softmax."""
+    if q.device.type != "cpu":
+        return False
+    most = max(sum(b - a for a, b in layout.key_ranges(s, mask)) for s in range(layout.blocks))
+    return q.dtype in (torch.float32, torch.float64) or most > _MATMUL_KEYS
+
+
+def _pieces(layout: BlockLayout, mask: Mask, block: int) -> Iterator[tuple[slice, tuple[tuple[int, int], ...]]]:
+    """(rows of q, ranges of keys) of the dense calls that a mask decomposes into."""
+    if block >= 0:
+        yield slice(0, layout.lengths[block]), layout.key_ranges(block, mask)
+        return
+    for s in range(layout.blocks):
+        yield layout.slice(s), layout.key_ranges(s, mask)
+
+
+def _gather(x: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
+    """(B, T, H, Dh) -> (B, H, keys, Dh)."""
+    parts = [x[:, a:b] for a, b in ranges]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(1, 2)
+
+
+def _fold(x: Tensor, layout: BlockLayout) -> Tensor:
+    """(B, S*L, H, Dh) -> (B*S, L, H, Dh)."""
+    return x.reshape(x.shape[0] * layout.blocks, layout.lengths[0], *x.shape[2:])
+
+
+def _folds(layout: BlockLayout, mask: Mask, block: int) -> bool:
+    return mask == "diagonal" and layout.is_uniform and layout.blocks > 1 and block < 0
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, mask: Mask, scale: float, block: int
+) -> tuple[Tensor, Tensor]:
+    fused = attention_keeps_lse(q, layout, mask)
+    if _folds(layout, mask, block):
+        single = BlockLayout(layout.lengths[:1])
+        out, lse = attention_forward(*(_fold(x, layout) for x in (q, k, v)), single, mask, scale, 0)
+        if fused:  # (B*S, H, L) -> (B, H, S*L)
+            lse = lse.unflatten(0, (-1, layout.blocks)).transpose(1, 2).flatten(2)
+        return out.view(q.shape), lse
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]) if fused else (0,), dtype=torch.float32)
+    for rows, ranges in _pieces(layout, mask, block):
+        qs, ks, vs = q[:, rows].transpose(1, 2), _gather(k, ranges), _gather(v, ranges)
+        if fused:
+            o, lse[:, :, rows] = _flash_forward(qs, ks, vs, 0.0, False, scale=scale)
+            out[:, rows] = o.transpose(1, 2)
+        else:
+            _matmul_forward(out[:, rows].transpose(1, 2), qs, ks, vs, scale)
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: BlockLayout, mask: Mask,
+    scale: float, block: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    fused = attention_keeps_lse(q, layout, mask)
+    if _folds(layout, mask, block):
+        single = BlockLayout(layout.lengths[:1])
+        if fused:
+            lse = lse.unflatten(2, (layout.blocks, -1)).transpose(1, 2).flatten(0, 1)
+        folded = (_fold(x, layout) for x in (dout, q, k, v, out))
+        dq, dk, dv = attention_backward(*folded, lse, single, mask, scale, 0)
+        return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    # A key's gradient is a sum over the blocks that see it. One term needs no wider accumulator.
+    one_term = (mask == "diagonal" or layout.blocks == 1) and block < 0
+    wide = q.dtype if one_term or block >= 0 else torch.promote_types(q.dtype, torch.float32)
+    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
+    for rows, ranges in _pieces(layout, mask, block):
+        qs, ks, vs = q[:, rows].transpose(1, 2), _gather(k, ranges), _gather(v, ranges)
+        dos, os = dout[:, rows].transpose(1, 2), out[:, rows].transpose(1, 2)
+        if fused:
+            dqs, dks, dvs = _flash_backward(
+                dos, qs, ks, vs, os, lse[:, :, rows].contiguous(), 0.0, False, scale=scale
+            )
+        else:
+            dqs, dks, dvs = _matmul_backward(dos, qs, ks, vs, os, scale)
+        dq[:, rows] = dqs.transpose(1, 2)
+        done = 0
+        for a, b in ranges:
+            dk[:, a:b] += dks[:, :, done : done + b - a].transpose(1, 2)
+            dv[:, a:b] += dvs[:, :, done : done + b - a].transpose(1, 2)
+            done += b - a
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _chunks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(samples, query rows) such that the scores of one chunk stay small; keys are never cut."""
+    limit = _SCORES.get(q.device.type, _SCORES["cuda"])
+    per_row = q.shape[1] * k.shape[2]
+    rows = min(q.shape[2], max(1, limit // per_row))
+    samples = max(1, limit // (per_row * rows))
+    for b in range(0, q.shape[0], samples):
+        for r in range(0, q.shape[2], rows):
+            yield slice(b, b + samples), slice(r, r + rows)
+
+
+def _matmul_forward(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """out, q (B, H, queries, Dh); k, v (B, H, keys, Dh). Writes out."""
+    for b, r in _chunks(q, k):
+        weights = torch.matmul(q[b, :, r] * scale, k[b].transpose(-1, -2)).softmax(-1)
+        out[b, :, r] = weights @ v[b]
+
+
+def _matmul_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    for b, r in _chunks(q, k):
+        qs, dos = q[b, :, r] * scale, dout[b, :, r]
+        weights = torch.matmul(qs, k[b].transpose(-1, -2)).softmax(-1)
+        dv[b] += weights.transpose(-1, -2) @ dos
+        delta = (dos.float() * out[b, :, r].float()).sum(-1, keepdim=True)
+        dscores = torch.matmul(dos, v[b].transpose(-1, -2)).sub_(delta).mul_(weights)
+        dq[b, :, r] = (dscores @ k[b]) * scale
+        dk[b] += dscores.transpose(-1, -2) @ qs
+    return dq, dk, dv

@@ -1,0 +1,94 @@
+"""BlockLayout: how a sequence is cut into blocks, and which blocks see which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Literal, get_args
+
+import torch
+
+Mask = Literal["causal", "diagonal", "window", "anchor"]
+MASKS: tuple[Mask, ...] = get_args(Mask)
+
+
+def check_mask(mask: str, where: str) -> None:
+    if mask not in MASKS:
+        raise ValueError(f"{where}: mask is {mask!r}, accepted are {', '.join(map(repr, MASKS))}")
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """A sequence of T = sum(lengths) tokens cut into S = len(lengths) consecutive blocks.
+
+    Masks say which blocks the tokens of block i attend to (all tokens of a visible block are visible):
+    ``causal`` blocks 0..i, ``diagonal`` block i, ``window`` blocks i-1 and i, ``anchor`` blocks 0 and i
+    (ARD, arXiv 2504.11295, figure 5: M4, M1, M2, M3).
+    """
+
+    lengths: tuple[int, ...]
+
+    def __init__(self, lengths: Iterable[int]) -> None:
+        object.__setattr__(self, "lengths", tuple(lengths))
+        if not self.lengths or any(type(n) is not int or n < 1 for n in self.lengths):
+            raise ValueError(f"BlockLayout: lengths is {self.lengths!r}, accepted is one or more integers >= 1")
+
+    @classmethod
+    def uniform(cls, blocks: int, length: int) -> BlockLayout:
+        """`blocks` blocks of `length` tokens each."""
+        if blocks < 1:
+            raise ValueError(f"BlockLayout.uniform: blocks is {blocks}, accepted is an integer >= 1")
+        return cls((length,) * blocks)
+
+    @property
+    def blocks(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def total(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def bounds(self) -> tuple[int, ...]:
+        """Block s holds the tokens bounds[s]..bounds[s+1]-1."""
+        return (0, *accumulate(self.lengths))
+
+    @property
+    def is_uniform(self) -> bool:
+        return len(set(self.lengths)) == 1
+
+    def slice(self, block: int) -> slice:
+        """The tokens of one block."""
+        return slice(self.bounds[block], self.bounds[block + 1])
+
+    def key_ranges(self, block: int, mask: Mask) -> tuple[tuple[int, int], ...]:
+        """The (start, stop) ranges of keys that block `block` attends to: ascending, disjoint, at most two."""
+        start, stop = self.bounds[block], self.bounds[block + 1]
+        if mask == "causal":
+            return ((0, stop),)
+        if mask == "window":
+            return ((self.bounds[max(block - 1, 0)], stop),)
+        if mask == "anchor" and block > 1:
+            return ((0, self.bounds[1]), (start, stop))
+        return ((0, stop),) if mask == "anchor" else ((start, stop),)
+
+    def area(self, mask: Mask, block: int | None = None) -> int:
+        """Number of visible (query, key) pairs, of one block or of all."""
+        chosen = range(self.blocks) if block is None else (block,)
+        return sum(self.lengths[s] * sum(b - a for a, b in self.key_ranges(s, mask)) for s in chosen)
+
+    def block_ids(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """(T,) int64: the block of every token."""
+        lengths = torch.tensor(self.lengths, device=device)
+        return torch.repeat_interleave(torch.arange(self.blocks, device=device), lengths, output_size=self.total)
+
+    def mask(self, mask: Mask, device: torch.device | str | None = None) -> torch.Tensor:
+        """Dense bool (T, T), True where the row's token may attend to the column's. For tests and for reading."""
+        check_mask(mask, "BlockLayout.mask")
+        visible = torch.zeros(self.total, self.total, dtype=torch.bool, device=device)
+        for s in range(self.blocks):
+            for start, stop in self.key_ranges(s, mask):
+                visible[self.slice(s), start:stop] = True
+        return visible
