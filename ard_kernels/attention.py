@@ -111,7 +111,8 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], mask: str, scale: float, block: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     keeps = _BACKENDS[backend].attention_keeps_lse(q, BlockLayout(lengths), cast(Mask, mask))
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]) if keeps else (0,), dtype=torch.float32)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]) if keeps else (0,), dtype=wide)
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 

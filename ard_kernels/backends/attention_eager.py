@@ -65,7 +65,8 @@ def attention_forward(
             lse = lse.unflatten(0, (-1, layout.blocks)).transpose(1, 2).flatten(2)
         return out.view(q.shape), lse
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]) if fused else (0,), dtype=torch.float32)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]) if fused else (0,), dtype=wide)
     for rows, ranges in _pieces(layout, mask, block):
         qs, ks, vs = q[:, rows].transpose(1, 2), _gather(k, ranges), _gather(v, ranges)
         if fused:

@@ -1,0 +1,149 @@
+"""The ARD student: a teacher's layers over the states of a trajectory, one block of tokens a state."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ard.models.dit import DiT, FinalLayer, run_layers, unpatchify
+from ard.models.history import KVCache, TeacherForced
+from ard_kernels import BlockLayout
+from ard_kernels.layout import Mask, check_mask
+
+
+def student_times(steps: int) -> Tensor:
+    """(S,): the time that each input state is conditioned on, 999 (S-s)/S (`research`: the released recipe)."""
+    return 999.0 * (steps - torch.arange(steps, dtype=torch.float32)) / steps
+
+
+class ARDTransformer(nn.Module):
+    """G(x_0 .. x_s; c) -> x_{s+1} for all steps s (arXiv 2504.11295, equation 5 and figure 4).
+
+    Args:
+        teacher: the configuration of the DiT it is made from (`DiT.config`).
+        steps: S, the number of states it sees and of predictions it makes.
+        history_layers: N, how many of the lowest layers see earlier states; 0 is step distillation.
+        mask: which earlier states they see.
+        per_step_final: one final layer per step, or one shared by all.
+
+    Attributes:
+        checkpointing: trade compute for memory in training (activation checkpointing).
+    """
+
+    def __init__(
+        self, teacher: dict[str, Any], steps: int = 4, history_layers: int = 6, mask: Mask = "causal",
+        per_step_final: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self._build(DiT(**teacher), steps, history_layers, mask, per_step_final)
+
+    def _build(self, dit: DiT, steps: int, history_layers: int, mask: Mask, per_step_final: bool) -> None:
+        if steps < 1:
+            raise ValueError(f"ARDTransformer: steps is {steps}, accepted is an integer >= 1")
+        if not 0 <= history_layers <= dit.depth:
+            raise ValueError(f"ARDTransformer: history_layers is {history_layers}, "
+                             f"accepted are 0..{dit.depth}, the teacher's layers")  # fmt: skip
+        check_mask(mask, "ARDTransformer")
+        self.config: dict[str, Any] = {
+            "teacher": dit.config, "steps": steps, "history_layers": history_layers, "mask": mask,
+            "per_step_final": per_step_final,
+        }  # fmt: skip
+        self.steps, self.history_layers, self.mask = steps, history_layers, mask
+        self.grid, self.patch_size, self.channels = dit.grid, dit.patch_size, dit.channels
+        self.input_size, self.heads, self.width, self.depth = dit.input_size, dit.heads, dit.width, dit.depth
+        self.num_classes = dit.num_classes
+        self.layout = BlockLayout.uniform(steps, dit.tokens)
+        self.checkpointing = False
+
+        self.x_embedder, self.t_embedder, self.y_embedder = dit.x_embedder, dit.t_embedder, dit.y_embedder
+        self.pos_embed = dit.pos_embed
+        self.blocks = dit.blocks
+        final = _without_variance(dit)
+        self.final_layers = nn.ModuleList(copy.deepcopy(final) for _ in range(steps if per_step_final else 1))
+        self.register_buffer("times", student_times(steps), persistent=False)
+
+    @classmethod
+    def from_teacher(
+        cls, teacher: DiT, steps: int = 4, history_layers: int = 6, mask: Mask = "causal", per_step_final: bool = True
+    ) -> ARDTransformer:
+        """A student with a copy of the teacher's weights, every final layer included; the variance half is dropped."""
+        student = cls.__new__(cls)
+        nn.Module.__init__(student)
+        student._build(copy.deepcopy(teacher), steps, history_layers, mask, per_step_final)
+        return student.requires_grad_(True)._freeze_positions()
+
+    def _freeze_positions(self) -> ARDTransformer:
+        self.pos_embed.requires_grad_(False)
+        return self
+
+    def _final(self, step: int) -> FinalLayer:
+        layer = self.final_layers[step if len(self.final_layers) > 1 else 0]
+        assert isinstance(layer, FinalLayer)
+        return layer
+
+    def modulation(self, labels: Tensor) -> list[Tensor]:
+        """labels (B,) -> the modulation of all S steps: of every layer (B, S, 6, D), of the final norm (B, S, 2, D)."""
+        condition = self.t_embedder(self.times) + self.y_embedder(labels).unsqueeze(1)  # (B, S, D)
+        tables = [layer.adaLN_modulation(condition) for layer in self.blocks]  # type: ignore[operator]
+        final = [self._final(s).adaLN_modulation(condition[:, s : s + 1]) for s in range(self.steps)]
+        return [*tables, torch.cat(final, 1)]
+
+    def embed(self, states: Tensor) -> Tensor:
+        """(B, s, C, h, w) -> (B, s*L, D)."""
+        tokens = self.x_embedder(states.flatten(0, 1)) + self.pos_embed
+        return tokens.unflatten(0, states.shape[:2]).flatten(1, 2)  # type: ignore[no-any-return]
+
+    def _predict(self, y: Tensor, step: int) -> Tensor:
+        return unpatchify(self._final(step).linear(y), self.grid, self.patch_size)
+
+    def forward(self, states: Tensor, labels: Tensor) -> Tensor:
+        """One teacher-forced pass over all states.
+
+        Args:
+            states: (B, S, C, h, w), the noise and states 1..S-1.
+            labels: (B,) int64.
+
+        Returns:
+            (B, S, C, h, w), the predictions of states 1..S.
+        """
+        expected = (self.steps, self.channels, *self.input_size)
+        if states.dim() != 5 or tuple(states.shape[1:]) != expected:
+            raise ValueError(f"ARDTransformer: states has shape {tuple(states.shape)}, accepted is (B, "
+                             f"{', '.join(map(str, expected))})")  # fmt: skip
+        history = TeacherForced(self.layout, self.history_layers, self.mask)
+        y, _ = run_layers(self.blocks, self.embed(states), self.modulation(labels), history, self.checkpointing)
+        parts = y.unflatten(1, (self.steps, -1)).unbind(1)
+        return torch.stack([self._predict(part, s) for s, part in enumerate(parts)], 1)
+
+    def cache(self, batch: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+        """An empty cache for `step`; its dtype is that of the keys and values (the autocast dtype where there is one)."""
+        return KVCache(
+            self.layout, self.history_layers, self.mask, batch, self.heads, self.width // self.heads, dtype, device
+        )
+
+    def step(self, state: Tensor, step: int, tables: Sequence[Tensor], cache: KVCache) -> Tensor:
+        """One step of sampling: state s (B, C, h, w) -> the prediction of state s+1.
+
+        `tables` is what `modulation` returned; `cache` holds the earlier steps of the same samples.
+        """
+        cache.start(step)
+        own = [table[:, step : step + 1] for table in tables]
+        y, _ = run_layers(self.blocks, self.embed(state.unsqueeze(1)), own, cache)
+        return self._predict(y, step)
+
+
+def _without_variance(dit: DiT) -> FinalLayer:
+    """The teacher's final layer without the outputs that predict a variance."""
+    if not dit.learn_sigma:
+        return dit.final_layer
+    final = FinalLayer(dit.width, dit.patch_size, dit.channels)
+    final.adaLN_modulation = dit.final_layer.adaLN_modulation
+    outputs = (dit.patch_size**2, 2 * dit.channels)  # of each patch pixel, its channels
+    with torch.no_grad():
+        final.linear.weight.copy_(dit.final_layer.linear.weight.unflatten(0, outputs)[:, : dit.channels].flatten(0, 1))
+        final.linear.bias.copy_(dit.final_layer.linear.bias.unflatten(0, outputs)[:, : dit.channels].flatten())
+    return final
