@@ -44,7 +44,7 @@ def position_embedding(width: int, grid: tuple[int, int]) -> Tensor:
 
     rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
     table = np.concatenate([axis(columns.astype(np.float64)), axis(rows.astype(np.float64))], axis=1)
-    return torch.from_numpy(table).float().unsqueeze(0)
+    return torch.tensor(table, dtype=torch.float32).unsqueeze(0)
 
 
 class TimestepEmbedder(nn.Module):

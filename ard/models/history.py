@@ -48,8 +48,9 @@ class KVCache:
         dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
         self.trajectory, self.depth, self.mask = trajectory, depth, mask
-        shape = (2, depth, batch, trajectory.total, heads, head_dim)
-        self.keys, self.values = torch.empty(shape, dtype=dtype, device=device)
+        shape = (depth, batch, trajectory.total, heads, head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty_like(self.keys)
         self.start(0)
 
     def start(self, block: int) -> None:

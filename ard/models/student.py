@@ -64,7 +64,7 @@ class ARDTransformer(nn.Module):
         self.blocks = dit.blocks
         final = _without_variance(dit)
         self.final_layers = nn.ModuleList(copy.deepcopy(final) for _ in range(steps if per_step_final else 1))
-        self.register_buffer("times", student_times(steps), persistent=False)
+        self.register_buffer("times", student_times(steps).to(dit.pos_embed.device), persistent=False)
 
     @classmethod
     def from_teacher(
@@ -140,7 +140,7 @@ def _without_variance(dit: DiT) -> FinalLayer:
     """The teacher's final layer without the outputs that predict a variance."""
     if not dit.learn_sigma:
         return dit.final_layer
-    final = FinalLayer(dit.width, dit.patch_size, dit.channels)
+    final = FinalLayer(dit.width, dit.patch_size, dit.channels).to(dit.final_layer.linear.weight)
     final.adaLN_modulation = dit.final_layer.adaLN_modulation
     outputs = (dit.patch_size**2, 2 * dit.channels)  # of each patch pixel, its channels
     with torch.no_grad():
