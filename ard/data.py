@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -81,11 +82,15 @@ def shuffled(position: int, count: int, size: int, seed: int) -> Tensor:
     indices = []
     while count:
         epoch, offset = divmod(position, size)
-        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(size)
-        part = order[offset : offset + count]
+        part = _epoch_order(seed, epoch, size)[offset : offset + count]
         indices.append(torch.from_numpy(part))
         position, count = position + len(part), count - len(part)
     return torch.cat(indices)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(size)
 
 
 def index_noise(indices: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:

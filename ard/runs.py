@@ -1,0 +1,135 @@
+"""The folder of a run: its configuration, its log, its checkpoints. Starting a run again continues it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import re
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from ard.checkpoints import read_json, read_tensors, replacing, sha256, write_json, write_tensors
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on."""
+    try:
+        own = version("ard")
+    except PackageNotFoundError:
+        own = "not installed"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"ard": own, "torch": torch.__version__, "python": platform.python_version(), "device": device,
+            "threads": str(torch.get_num_threads())}  # fmt: skip
+
+
+def plain(config: Any) -> Any:
+    """A configuration dataclass as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+class Run:
+    """A run folder.
+
+    Args:
+        folder: made if it is not there. One that holds a run with another configuration is an error.
+        command: the command's name.
+        config: its configuration dataclass.
+        main: whether this process writes (rank 0).
+    """
+
+    def __init__(self, folder: Path, command: str, config: Any, main: bool = True) -> None:
+        self.folder, self.main = folder, main
+        wanted = {"command": command, "config": plain(config)}
+        path = folder / "run.json"
+        if path.exists():
+            found = read_json(path)
+            if found.get("command") != command:
+                raise ValueError(f"{folder}: holds a run of `ard {found.get('command')}`, not of `ard {command}`")
+            old = found.get("config", {})
+            names = sorted(set(wanted["config"]) | set(old))
+            changed = [f"{n} was {old.get(n)!r}" for n in names if old.get(n) != wanted["config"].get(n)]
+            if changed:
+                raise ValueError(f"{folder}: holds a run with another configuration ({'; '.join(changed)}); "
+                                 "name another folder with --out, or remove this one")  # fmt: skip
+        elif main:
+            write_json(path, {**wanted, "versions": versions()})
+        self._log: Any = None
+        self._board: SummaryWriter | None = None
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _checkpoints(self) -> list[tuple[int, Path]]:
+        found = (re.fullmatch(r"step-(\d{8})", path.name) for path in (self.folder / "checkpoints").glob("step-*"))
+        return sorted((int(m[1]), self.folder / "checkpoints" / m[0]) for m in found if m)
+
+    def save_checkpoint(self, step: int, groups: Mapping[str, Mapping[str, Tensor]], keep: int) -> None:
+        """Every group of tensors in a file of its own, in a folder that appears complete or not at all."""
+        with replacing(self.folder / "checkpoints" / f"step-{step:08d}") as temporary:
+            temporary.mkdir()
+            for name, tensors in groups.items():
+                write_tensors(temporary / f"{name}.safetensors", tensors)
+            checksums = {name: sha256(temporary / f"{name}.safetensors") for name in groups}
+            write_json(temporary / "state.json", {"step": step, "sha256": checksums})
+        for _, path in self._checkpoints()[:-keep]:
+            shutil.rmtree(path)
+
+    def load_checkpoint(self) -> tuple[int, dict[str, dict[str, Tensor]]] | None:
+        """Step and groups of the newest checkpoint; None if there is none. A damaged one is an error."""
+        if not (checkpoints := self._checkpoints()):
+            return None
+        step, folder = checkpoints[-1]
+        state = read_json(folder / "state.json")
+        groups = {}
+        for name, checksum in state["sha256"].items():
+            path = folder / f"{name}.safetensors"
+            if not path.is_file() or sha256(path) != checksum:
+                raise ValueError(f"{path}: does not match its checksum; remove {folder} to go on from an earlier one")
+            groups[name] = read_tensors(path)
+        return step, groups
+
+    # -- log --------------------------------------------------------------------------------------------------------
+
+    def open_log(self, step: int) -> None:
+        """Logs start after `step`: what a killed run logged beyond its last checkpoint is dropped."""
+        if not self.main:
+            return
+        path = self.folder / "log.jsonl"
+        kept = [line for line in self.read_log() if line["step"] <= step]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._log = path.open("a")
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The complete lines of the log."""
+        path = self.folder / "log.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def log(self, step: int, values: Mapping[str, float | list[float]]) -> None:
+        """One line of the log; TensorBoard gets lists as one curve an element."""
+        if self._log is None or self._board is None:
+            return
+        self._log.write(json.dumps({"step": step, **values}) + "\n")
+        self._log.flush()
+        for name, value in values.items():
+            for suffix, number in [("", value)] if isinstance(value, float | int) else enumerate(value):
+                self._board.add_scalar(f"{name}{'/' if suffix != '' else ''}{suffix}", number, step)
+
+    def log_image(self, step: int, name: str, image: Tensor) -> None:
+        """image (h, w) or (h, w, 3) uint8, to TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(name, image, step, dataformats="HW" if image.dim() == 2 else "HWC")
+
+    def close(self) -> None:
+        if self._log is not None and self._board is not None:
+            self._log.close()
+            self._board.close()

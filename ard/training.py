@@ -1,0 +1,337 @@
+"""The training loop, and the two things it trains: a teacher on images, a student on trajectories.
+
+Everything random is a function of (seed, step, rank): the order of the data, the noise, the times. A checkpoint is
+therefore complete with the weights, their moving average, the optimiser's moments and the step, and a run that goes on
+from it computes what an uninterrupted run would have computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ard.checkpoints import load_teacher, load_weights, save_student, save_teacher
+from ard.data import DEBIAN_FOLDER, Dataset, index_noise, load_images, shuffled
+from ard.diffusion import Diffusion, Prediction, Schedule, guided
+from ard.losses import denoising_loss, trajectory_loss
+from ard.models import ARDTransformer, DiT
+from ard.pictures import image_grid, save_png
+from ard.runs import Run
+from ard.sampling import sample
+from ard.trajectories import State, TrajectoryStore
+from ard_kernels.layout import Mask
+
+Batch = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How the weights are optimised. The defaults are ARD's regression stage."""
+
+    steps: int = 300_000
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Samples per optimiser step, over all processes and accumulation steps."""
+    accumulate: int = 1
+    """Forward passes per optimiser step; the batch is divided among them."""
+    lr: float = 1e-4
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or a cosine to zero at the last step."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient; larger ones are scaled down."""
+    ema: float = 0.9999
+    """Decay of the moving average of the weights, which is what gets saved at the end."""
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    """Autocast dtype of the forward pass ("no": float32)."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass, to save memory."""
+    compile: bool = False
+    """torch.compile the model."""
+    log_every: int = 50
+    """Steps between lines of the log."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    sample_every: int = 1000
+    """Steps between pictures of samples; 0: none."""
+    seed: int = 0
+    """Seed of the data order and of all noise."""
+
+
+def learning_rate(o: Optimisation, step: int) -> float:
+    """The learning rate of the update from `step` to `step + 1`."""
+    warm = min(1.0, (step + 1) / (o.warmup + 1))
+    return o.lr * warm * (0.5 * (1 + math.cos(math.pi * step / o.steps)) if o.schedule == "cosine" else 1.0)
+
+
+class _EMA:
+    """Moving average of the weights, float32. It starts as their copy; early decay is lower, so that it forgets it."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.source = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().float().clone() for name, p in self.source.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.values()), [p.float() for p in self.source.values()], 1 - decay)
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's state dict with the averages in place of the weights."""
+        return {**model.state_dict(), **self.average}
+
+
+def _optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {f"{i}.{key}": value for i, slots in optimiser.state_dict()["state"].items() for key, value in slots.items()}
+
+
+def _load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+
+
+def fit(
+    run: Run,
+    accelerator: Accelerator,
+    model: nn.Module,
+    o: Optimisation,
+    size: int,
+    fetch: Callable[[Tensor], Batch],
+    loss_of: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]],
+    preview: Callable[[nn.Module], Tensor],
+) -> dict[str, Tensor]:
+    """Train to the end, from the newest checkpoint of the run if there is one.
+
+    Args:
+        size: number of samples in the data set.
+        fetch: data set indices -> a batch of tensors.
+        loss_of: (model, batch on the device) -> scalar loss, and (n,) terms of it to log.
+        preview: model with averaged weights -> a picture (h, w) uint8.
+
+    Returns:
+        The state dict with averaged weights.
+    """
+    share = o.batch_size // (accelerator.num_processes * o.accumulate)
+    if share * accelerator.num_processes * o.accumulate != o.batch_size:
+        raise ValueError(f"batch_size is {o.batch_size}, accepted are multiples of processes x accumulate "
+                         f"({accelerator.num_processes} x {o.accumulate})")  # fmt: skip
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fused = accelerator.device.type in ("cpu", "cuda")
+    optimiser: Any = torch.optim.AdamW(trained, lr=o.lr, weight_decay=o.weight_decay, betas=(0.9, 0.999), fused=fused)
+    model.to(accelerator.device)
+    ema = _EMA(model, o.ema)
+    start = 0
+    if (found := run.load_checkpoint()) is not None:
+        start, groups = found
+        load_weights(model, groups["model"], run.folder)
+        ema.average = {name: value.to(accelerator.device) for name, value in groups["ema"].items()}
+        _load_optimiser(optimiser, groups["optimiser"])
+    bare = model
+    if o.compile:
+        model.compile()
+    model, optimiser = accelerator.prepare(model, optimiser)
+    model.train()
+    run.open_log(start)
+    bar = tqdm(total=o.steps, initial=start, desc=run.folder.name, disable=not run.main, mininterval=1.0)
+    for step in range(start, o.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(o, step)
+        torch.manual_seed(hash((o.seed, step, accelerator.process_index)))
+        total, terms = 0.0, torch.zeros(())
+        order = shuffled(step * o.batch_size, o.batch_size, size, o.seed)
+        parts = order.view(o.accumulate, accelerator.num_processes, share)[:, accelerator.process_index]
+        for i, indices in enumerate(parts):
+            batch = tuple(x.to(accelerator.device, non_blocking=True) for x in fetch(indices))
+            last = i == len(parts) - 1  # of the accumulated passes, the last alone reduces over processes
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                loss, part = loss_of(model, batch)
+                accelerator.backward(loss / o.accumulate)
+            total, terms = total + loss.detach() / o.accumulate, terms + part.detach() / o.accumulate
+        norm = accelerator.clip_grad_norm_(trained, o.clip)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        ema.update(step)
+        done = step + 1
+        bar.update()
+        if done % o.log_every == 0 or done == o.steps:
+            value = float(total)
+            if not math.isfinite(value):
+                raise ValueError(f"{run.folder}: the loss is {value} at step {done}; try a lower --lr or --clip")
+            bar.set_postfix(loss=f"{value:.4f}")
+            run.log(done, {"loss": value, "terms": terms.tolist(), "norm": float(norm),
+                           "lr": learning_rate(o, step)})  # fmt: skip
+        if run.main and o.sample_every and (done % o.sample_every == 0 or done == o.steps):
+            picture = _with_weights(bare, ema, preview)
+            save_png(run.folder / "samples" / f"step-{done:08d}.png", picture)
+            run.log_image(done, "samples", picture)
+        if run.main and (done % o.checkpoint_every == 0 or done == o.steps):
+            groups = {"model": bare.state_dict(), "ema": ema.average, "optimiser": _optimiser_tensors(optimiser)}
+            run.save_checkpoint(done, groups, o.keep_checkpoints)
+    bar.close()
+    run.close()
+    accelerator.wait_for_everyone()
+    return ema.state(bare)
+
+
+def _with_weights(model: nn.Module, ema: _EMA, use: Callable[[nn.Module], Tensor]) -> Tensor:
+    """`use(model)` with averaged weights, under no_grad; the weights and the RNG are as before afterwards."""
+    own = {name: p.detach().clone() for name, p in ema.source.items()}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            for name, p in ema.source.items():
+                p.copy_(ema.average[name])
+            return use(model)
+        finally:
+            for name, p in ema.source.items():
+                p.copy_(own[name])
+
+
+def _accelerator(o: Optimisation) -> Accelerator:
+    return Accelerator(mixed_precision=o.precision, cpu=not torch.cuda.is_available())
+
+
+@dataclass(frozen=True)
+class TrainTeacherConfig:
+    """Train a small pixel-space DiT on images, as a teacher to distil."""
+
+    out: Path
+    """Folder of the run. The teacher is written to its subfolder `teacher`. A run that is there is continued."""
+    dataset: Dataset = "fashion-mnist"
+    """The images."""
+    data: Path = DEBIAN_FOLDER
+    """Folder of the Fashion-MNIST files."""
+    patch_size: int = 7
+    """Pixels along the edge of a patch; the images are 28x28."""
+    width: int = 128
+    """Channels of the residual stream."""
+    depth: int = 8
+    """Number of layers."""
+    heads: int = 4
+    """Attention heads."""
+    schedule: Schedule = "linear"
+    """Noise schedule."""
+    prediction: Prediction = "v"
+    """What the network predicts."""
+    class_dropout: float = 0.1
+    """Share of samples trained without their class, for guidance."""
+    guidance: float = 1.5
+    """Guidance of the pictures made while it trains."""
+    optimisation: Optimisation = field(
+        default_factory=lambda: Optimisation(
+            steps=30_000, batch_size=128, lr=1e-3, schedule="cosine", warmup=500, ema=0.999, sample_every=2500
+        )
+    )
+    """How the weights are optimised."""
+
+
+def train_teacher(config: TrainTeacherConfig) -> None:
+    o = config.optimisation
+    accelerator = _accelerator(o)
+    images = load_images(config.dataset, train=True, folder=config.data)
+    run = Run(config.out, "train-teacher", config, accelerator.is_main_process)
+    torch.manual_seed(o.seed)
+    model = DiT(
+        input_size=(28, 28), patch_size=config.patch_size, channels=1, width=config.width, depth=config.depth,
+        heads=config.heads, num_classes=10, null_class=True, learn_sigma=False,
+    )  # fmt: skip
+    diffusion = Diffusion(config.schedule, config.prediction)
+
+    def loss_of(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        pixels, labels = batch
+        dropped = torch.rand(labels.shape, device=labels.device) < config.class_dropout
+        loss = denoising_loss(model, diffusion, pixels, labels.masked_fill(dropped, 10))
+        return loss, loss.unsqueeze(0)
+
+    def preview(model: nn.Module) -> Tensor:
+        labels = torch.arange(40, device=accelerator.device) % 10
+        noise = index_noise(torch.arange(40), (1, 28, 28), o.seed).to(accelerator.device)
+        denoise = guided(model, 10, config.guidance)
+        *_, last = diffusion.ddim(denoise, noise, labels, diffusion.solver_times(25))
+        return image_grid(last.x, columns=10)
+
+    weights = fit(
+        run, accelerator, model, o, len(images), lambda i: (images.pixels[i], images.labels[i]), loss_of, preview
+    )
+    if accelerator.is_main_process:
+        save_teacher(config.out / "teacher", model, diffusion, weights)
+        print(f"teacher: {config.out / 'teacher'}")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """The regression stage: a student that predicts every next state of recorded trajectories from all earlier ones.
+
+    history_layers 0 is step distillation, steps 1 is knowledge distillation.
+    """
+
+    teacher: Path
+    """Folder of the teacher that recorded the trajectories; the student starts from its weights."""
+    trajectories: Path
+    """Folder that `ard record` wrote."""
+    out: Path
+    """Folder of the run. The student is written to its subfolder `student`. A run that is there is continued."""
+    steps: int = 4
+    """S, the student's steps."""
+    history_layers: int = 6
+    """N, how many of the lowest layers see earlier states."""
+    mask: Mask = "causal"
+    """Which earlier states they see."""
+    per_step_final: bool = True
+    """One final layer per step, or one shared by all."""
+    state: State = "x0"
+    """Intermediate states: the teacher's predictions of the clean image, or its noisy latents."""
+    grid: tuple[int, ...] | None = None
+    """Solver positions of the S+1 states, descending from the noise to 0; default: the released recipe's."""
+    optimisation: Optimisation = field(default_factory=Optimisation)
+    """How the weights are optimised."""
+
+
+def distill(config: DistillConfig) -> None:
+    o = config.optimisation
+    accelerator = _accelerator(o)
+    store = TrajectoryStore(config.trajectories)
+    teacher, _ = load_teacher(config.teacher)
+    store.check_teacher(config.teacher)
+    grid = store.grid(config.steps, config.grid)
+    student = ARDTransformer.from_teacher(
+        teacher, config.steps, config.history_layers, config.mask, config.per_step_final
+    )
+    student.checkpointing = o.checkpointing
+    run = Run(config.out, "distill", config, accelerator.is_main_process)
+
+    def loss_of(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        return trajectory_loss(model, *batch)
+
+    def preview(model: nn.Module) -> Tensor:
+        assert isinstance(model, ARDTransformer)
+        path, labels = store.states(torch.arange(min(10, len(store))), grid, config.state)
+        made = sample(model, path[:, 0].to(accelerator.device), labels.to(accelerator.device))
+        rows = torch.stack([made[:, -1].cpu(), path[:, -1]]).flatten(0, 1)  # the student above its teacher
+        return image_grid(rows, columns=len(labels))
+
+    weights = fit(
+        run, accelerator, student, o, len(store), lambda i: store.states(i, grid, config.state), loss_of, preview
+    )
+    if accelerator.is_main_process:
+        described = {**store.summary(), "grid": list(grid), "state": config.state}
+        save_student(config.out / "student", student, described, weights)
+        print(f"student: {config.out / 'student'}")
