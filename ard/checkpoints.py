@@ -117,14 +117,19 @@ def _save(folder: Path, description: dict[str, Any], tensors: Mapping[str, Tenso
         write_json(temporary / CONFIG, description)
 
 
-def save_teacher(folder: Path, model: DiT, diffusion: Diffusion, tensors: Mapping[str, Tensor] | None = None) -> None:
+def save_teacher(
+    folder: Path, model: DiT, diffusion: Diffusion, tensors: Mapping[str, Tensor] | None = None
+) -> None:
     """A folder with config.json and model.safetensors; `tensors` instead of the model's own weights (an EMA)."""
     description = {"class": "DiT", "config": model.config, "diffusion": diffusion.config}
     _save(folder, description, model.state_dict() if tensors is None else tensors)
 
 
 def save_student(
-    folder: Path, model: ARDTransformer, trajectories: dict[str, Any], tensors: Mapping[str, Tensor] | None = None
+    folder: Path,
+    model: ARDTransformer,
+    trajectories: dict[str, Any],
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Like `save_teacher`; `trajectories` records what the student was trained on."""
     description = {"class": "ARDTransformer", "config": model.config, "trajectories": trajectories}

@@ -183,7 +183,9 @@ def _row(teacher: DiT, published: Published) -> Row:
         evaluations = 2 * published.steps
         formula, counted = evaluations * dit_macs(teacher.config).total, evaluations * count_dit(teacher)
     else:
-        student = ARDTransformer.from_teacher(teacher, published.steps, published.history_layers, published.mask)
+        student = ARDTransformer.from_teacher(
+            teacher, published.steps, published.history_layers, published.mask
+        )
         formula, counted = student_macs(student.config).total, count_sampling(student)
         overhead = history_overhead(student.config)
     return Row(
@@ -239,7 +241,9 @@ def run(config: FlopsConfig) -> None:
         raise ValueError(f"ard flops: model is {config.model!r}, accepted are {', '.join(PRESETS)}")
     rows = published_table() if config == FlopsConfig(out=config.out) else []
     if rows:
-        print("10^9 multiply-accumulates a sample, DiT-XL/2 at 256 px (the published column calls them GFLOPs)\n")
+        print(
+            "10^9 multiply-accumulates a sample, DiT-XL/2 at 256 px (the published column calls them GFLOPs)\n"
+        )
         print(format_table(rows), end="\n\n")
     with torch.device("meta"):
         teacher = DiT.from_preset(config.model, config.input_size)

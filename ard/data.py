@@ -16,7 +16,18 @@ Dataset = Literal["fashion-mnist", "digits"]
 # Where Debian's package dataset-fashion-mnist puts its files.
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = {
-    "fashion-mnist": ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
+    "fashion-mnist": (
+        "T-shirt",
+        "trouser",
+        "pullover",
+        "dress",
+        "coat",
+        "sandal",
+        "shirt",
+        "sneaker",
+        "bag",
+        "boot",
+    ),
     "digits": tuple("0123456789"),
 }
 
@@ -96,7 +107,9 @@ def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 def index_noise(indices: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
     """(n, *shape) float32 standard normal; row i is a function of (seed, indices[i]) alone, on every machine."""
     rows = [
-        np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, index])).standard_normal(shape, np.float32)
+        np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, index])).standard_normal(
+            shape, np.float32
+        )
         for index in indices.tolist()
     ]
     return torch.from_numpy(np.stack(rows))

@@ -13,7 +13,9 @@ from torch import Tensor
 
 Schedule = Literal["linear", "cosine"]
 Prediction = Literal["eps", "x0", "v"]
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x (B, C, h, w), t (B,), labels (B,)) -> raw prediction
+Denoiser = Callable[
+    [Tensor, Tensor, Tensor], Tensor
+]  # (x (B, C, h, w), t (B,), labels (B,)) -> raw prediction
 
 
 def _alphas_cumprod(schedule: Schedule, timesteps: int) -> np.ndarray:
@@ -21,7 +23,10 @@ def _alphas_cumprod(schedule: Schedule, timesteps: int) -> np.ndarray:
         scale = 1000 / timesteps
         return np.cumprod(1.0 - np.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=np.float64))
     if schedule == "cosine":  # Nichol and Dhariwal, arXiv 2102.09672, equation 17, betas capped at 0.999
-        edges = np.cos((np.arange(timesteps + 1, dtype=np.float64) / timesteps + 0.008) / 1.008 * math.pi / 2) ** 2
+        edges = (
+            np.cos((np.arange(timesteps + 1, dtype=np.float64) / timesteps + 0.008) / 1.008 * math.pi / 2)
+            ** 2
+        )
         return np.cumprod(1.0 - np.minimum(1.0 - edges[1:] / edges[:-1], 0.999))
     raise ValueError(f"Diffusion: schedule is {schedule!r}, accepted are 'linear', 'cosine'")
 
@@ -86,7 +91,9 @@ class Diffusion:
             return [self.timesteps - 1]
         return [int(t) for t in np.linspace(0, self.timesteps - 1, steps).round()]
 
-    def ddim(self, denoise: Denoiser, noise: Tensor, labels: Tensor, times: list[int]) -> Iterator[SolverState]:
+    def ddim(
+        self, denoise: Denoiser, noise: Tensor, labels: Tensor, times: list[int]
+    ) -> Iterator[SolverState]:
         """Deterministic DDIM (arXiv 2010.02502, equation 12, eta 0), from index len(times) - 1 down to 0.
 
         Args:
@@ -120,7 +127,9 @@ def guided(model: Denoiser, null_label: int, scale: float, channels: int | None 
         return model
 
     def denoise(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, torch.full_like(labels, null_label)]))
+        both = model(
+            torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, torch.full_like(labels, null_label)])
+        )
         conditional, null = both.chunk(2)
         count = x.shape[1] if channels is None else channels
         head = null[:, :count] + scale * (conditional[:, :count] - null[:, :count])

@@ -30,4 +30,6 @@ def save_png(path: Path, picture: Tensor, zoom: int = 2) -> None:
     """(H, W) or (H, W, 3) uint8, enlarged `zoom` times."""
     image = Image.fromarray(picture.numpy())
     with replacing(path) as temporary:
-        image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(temporary, "png")
+        image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(
+            temporary, "png"
+        )

@@ -25,7 +25,11 @@ def versions() -> dict[str, str]:
         own = version("ard")
     except PackageNotFoundError:
         own = "not installed"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine()
+    )
     return {"ard": own, "torch": torch.__version__, "python": platform.python_version(), "device": device,
             "threads": str(torch.get_num_threads())}  # fmt: skip
 
@@ -33,6 +37,13 @@ def versions() -> dict[str, str]:
 def plain(config: Any) -> Any:
     """A configuration dataclass as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The complete lines of a run's log."""
+    path = folder / "log.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 class Run:
@@ -52,7 +63,9 @@ class Run:
         if path.exists():
             found = read_json(path)
             if found.get("command") != command:
-                raise ValueError(f"{folder}: holds a run of `ard {found.get('command')}`, not of `ard {command}`")
+                raise ValueError(
+                    f"{folder}: holds a run of `ard {found.get('command')}`, not of `ard {command}`"
+                )
             old = found.get("config", {})
             names = sorted(set(wanted["config"]) | set(old))
             changed = [f"{n} was {old.get(n)!r}" for n in names if old.get(n) != wanted["config"].get(n)]
@@ -64,10 +77,10 @@ class Run:
         self._log: Any = None
         self._board: SummaryWriter | None = None
 
-    # -- checkpoints ------------------------------------------------------------------------------------------------
-
     def _checkpoints(self) -> list[tuple[int, Path]]:
-        found = (re.fullmatch(r"step-(\d{8})", path.name) for path in (self.folder / "checkpoints").glob("step-*"))
+        found = (
+            re.fullmatch(r"step-(\d{8})", path.name) for path in (self.folder / "checkpoints").glob("step-*")
+        )
         return sorted((int(m[1]), self.folder / "checkpoints" / m[0]) for m in found if m)
 
     def save_checkpoint(self, step: int, groups: Mapping[str, Mapping[str, Tensor]], keep: int) -> None:
@@ -91,28 +104,22 @@ class Run:
         for name, checksum in state["sha256"].items():
             path = folder / f"{name}.safetensors"
             if not path.is_file() or sha256(path) != checksum:
-                raise ValueError(f"{path}: does not match its checksum; remove {folder} to go on from an earlier one")
+                raise ValueError(
+                    f"{path}: does not match its checksum; remove {folder} to go on from an earlier one"
+                )
             groups[name] = read_tensors(path)
         return step, groups
-
-    # -- log --------------------------------------------------------------------------------------------------------
 
     def open_log(self, step: int) -> None:
         """Logs start after `step`: what a killed run logged beyond its last checkpoint is dropped."""
         if not self.main:
             return
         path = self.folder / "log.jsonl"
-        kept = [line for line in self.read_log() if line["step"] <= step]
+        kept = [line for line in read_log(self.folder) if line["step"] <= step]
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._log = path.open("a")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
-
-    def read_log(self) -> list[dict[str, Any]]:
-        """The complete lines of the log."""
-        path = self.folder / "log.jsonl"
-        text = path.read_text() if path.exists() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def log(self, step: int, values: Mapping[str, float | list[float]]) -> None:
         """One line of the log; TensorBoard gets lists as one curve an element."""

@@ -37,7 +37,7 @@ Batch = tuple[Tensor, ...]
 class Optimisation:
     """How the weights are optimised. The defaults are ARD's regression stage."""
 
-    steps: int = 300_000
+    iterations: int = 300_000
     """Optimiser steps."""
     batch_size: int = 64
     """Samples per optimiser step, over all processes and accumulation steps."""
@@ -45,7 +45,7 @@ class Optimisation:
     """Forward passes per optimiser step; the batch is divided among them."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
-    schedule: Literal["constant", "cosine"] = "constant"
+    lr_schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or a cosine to zero at the last step."""
     warmup: int = 0
     """Steps of linear warm-up."""
@@ -76,7 +76,11 @@ class Optimisation:
 def learning_rate(o: Optimisation, step: int) -> float:
     """The learning rate of the update from `step` to `step + 1`."""
     warm = min(1.0, (step + 1) / (o.warmup + 1))
-    return o.lr * warm * (0.5 * (1 + math.cos(math.pi * step / o.steps)) if o.schedule == "cosine" else 1.0)
+    return (
+        o.lr
+        * warm
+        * (0.5 * (1 + math.cos(math.pi * step / o.iterations)) if o.lr_schedule == "cosine" else 1.0)
+    )
 
 
 class _EMA:
@@ -90,7 +94,9 @@ class _EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.values()), [p.float() for p in self.source.values()], 1 - decay)
+        torch._foreach_lerp_(
+            list(self.average.values()), [p.float() for p in self.source.values()], 1 - decay
+        )
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's state dict with the averages in place of the weights."""
@@ -98,7 +104,11 @@ class _EMA:
 
 
 def _optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {f"{i}.{key}": value for i, slots in optimiser.state_dict()["state"].items() for key, value in slots.items()}
+    return {
+        f"{i}.{key}": value
+        for i, slots in optimiser.state_dict()["state"].items()
+        for key, value in slots.items()
+    }
 
 
 def _load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -136,7 +146,9 @@ def fit(
                          f"({accelerator.num_processes} x {o.accumulate})")  # fmt: skip
     trained = [p for p in model.parameters() if p.requires_grad]
     fused = accelerator.device.type in ("cpu", "cuda")
-    optimiser: Any = torch.optim.AdamW(trained, lr=o.lr, weight_decay=o.weight_decay, betas=(0.9, 0.999), fused=fused)
+    optimiser: Any = torch.optim.AdamW(
+        trained, lr=o.lr, weight_decay=o.weight_decay, betas=(0.9, 0.999), fused=fused
+    )
     model.to(accelerator.device)
     ema = _EMA(model, o.ema)
     start = 0
@@ -151,8 +163,8 @@ def fit(
     model, optimiser = accelerator.prepare(model, optimiser)
     model.train()
     run.open_log(start)
-    bar = tqdm(total=o.steps, initial=start, desc=run.folder.name, disable=not run.main, mininterval=1.0)
-    for step in range(start, o.steps):
+    bar = tqdm(total=o.iterations, initial=start, desc=run.folder.name, disable=not run.main, mininterval=1.0)
+    for step in range(start, o.iterations):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(o, step)
         torch.manual_seed(hash((o.seed, step, accelerator.process_index)))
@@ -172,19 +184,25 @@ def fit(
         ema.update(step)
         done = step + 1
         bar.update()
-        if done % o.log_every == 0 or done == o.steps:
+        if done % o.log_every == 0 or done == o.iterations:
             value = float(total)
             if not math.isfinite(value):
-                raise ValueError(f"{run.folder}: the loss is {value} at step {done}; try a lower --lr or --clip")
+                raise ValueError(
+                    f"{run.folder}: the loss is {value} at step {done}; try a lower --lr or --clip"
+                )
             bar.set_postfix(loss=f"{value:.4f}")
             run.log(done, {"loss": value, "terms": terms.tolist(), "norm": float(norm),
                            "lr": learning_rate(o, step)})  # fmt: skip
-        if run.main and o.sample_every and (done % o.sample_every == 0 or done == o.steps):
+        if run.main and o.sample_every and (done % o.sample_every == 0 or done == o.iterations):
             picture = _with_weights(bare, ema, preview)
             save_png(run.folder / "samples" / f"step-{done:08d}.png", picture)
             run.log_image(done, "samples", picture)
-        if run.main and (done % o.checkpoint_every == 0 or done == o.steps):
-            groups = {"model": bare.state_dict(), "ema": ema.average, "optimiser": _optimiser_tensors(optimiser)}
+        if run.main and (done % o.checkpoint_every == 0 or done == o.iterations):
+            groups = {
+                "model": bare.state_dict(),
+                "ema": ema.average,
+                "optimiser": _optimiser_tensors(optimiser),
+            }
             run.save_checkpoint(done, groups, o.keep_checkpoints)
     bar.close()
     run.close()
@@ -205,7 +223,7 @@ def _with_weights(model: nn.Module, ema: _EMA, use: Callable[[nn.Module], Tensor
                 p.copy_(own[name])
 
 
-def _accelerator(o: Optimisation) -> Accelerator:
+def accelerator_for(o: Optimisation) -> Accelerator:
     return Accelerator(mixed_precision=o.precision, cpu=not torch.cuda.is_available())
 
 
@@ -227,7 +245,7 @@ class TrainTeacherConfig:
     """Number of layers."""
     heads: int = 4
     """Attention heads."""
-    schedule: Schedule = "linear"
+    noise_schedule: Schedule = "linear"
     """Noise schedule."""
     prediction: Prediction = "v"
     """What the network predicts."""
@@ -237,7 +255,13 @@ class TrainTeacherConfig:
     """Guidance of the pictures made while it trains."""
     optimisation: Optimisation = field(
         default_factory=lambda: Optimisation(
-            steps=30_000, batch_size=128, lr=1e-3, schedule="cosine", warmup=500, ema=0.999, sample_every=2500
+            iterations=8000,
+            batch_size=128,
+            lr=1e-3,
+            lr_schedule="cosine",
+            warmup=200,
+            ema=0.999,
+            sample_every=2000,
         )
     )
     """How the weights are optimised."""
@@ -245,7 +269,7 @@ class TrainTeacherConfig:
 
 def train_teacher(config: TrainTeacherConfig) -> None:
     o = config.optimisation
-    accelerator = _accelerator(o)
+    accelerator = accelerator_for(o)
     images = load_images(config.dataset, train=True, folder=config.data)
     run = Run(config.out, "train-teacher", config, accelerator.is_main_process)
     torch.manual_seed(o.seed)
@@ -253,7 +277,7 @@ def train_teacher(config: TrainTeacherConfig) -> None:
         input_size=(28, 28), patch_size=config.patch_size, channels=1, width=config.width, depth=config.depth,
         heads=config.heads, num_classes=10, null_class=True, learn_sigma=False,
     )  # fmt: skip
-    diffusion = Diffusion(config.schedule, config.prediction)
+    diffusion = Diffusion(config.noise_schedule, config.prediction)
 
     def loss_of(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         pixels, labels = batch
@@ -269,7 +293,14 @@ def train_teacher(config: TrainTeacherConfig) -> None:
         return image_grid(last.x, columns=10)
 
     weights = fit(
-        run, accelerator, model, o, len(images), lambda i: (images.pixels[i], images.labels[i]), loss_of, preview
+        run,
+        accelerator,
+        model,
+        o,
+        len(images),
+        lambda i: (images.pixels[i], images.labels[i]),
+        loss_of,
+        preview,
     )
     if accelerator.is_main_process:
         save_teacher(config.out / "teacher", model, diffusion, weights)
@@ -307,7 +338,7 @@ class DistillConfig:
 
 def distill(config: DistillConfig) -> None:
     o = config.optimisation
-    accelerator = _accelerator(o)
+    accelerator = accelerator_for(o)
     store = TrajectoryStore(config.trajectories)
     teacher, _ = load_teacher(config.teacher)
     store.check_teacher(config.teacher)
@@ -329,7 +360,14 @@ def distill(config: DistillConfig) -> None:
         return image_grid(rows, columns=len(labels))
 
     weights = fit(
-        run, accelerator, student, o, len(store), lambda i: store.states(i, grid, config.state), loss_of, preview
+        run,
+        accelerator,
+        student,
+        o,
+        len(store),
+        lambda i: store.states(i, grid, config.state),
+        loss_of,
+        preview,
     )
     if accelerator.is_main_process:
         described = {**store.summary(), "grid": list(grid), "state": config.state}

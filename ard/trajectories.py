@@ -68,7 +68,9 @@ def _kept(config: RecordConfig) -> tuple[int, ...]:
     else:
         chosen = set(config.keep)
         if not chosen <= set(range(1, config.solver_steps)):
-            raise ValueError(f"record: keep is {config.keep}, accepted are positions 1..{config.solver_steps - 1}")
+            raise ValueError(
+                f"record: keep is {config.keep}, accepted are positions 1..{config.solver_steps - 1}"
+            )
     return tuple(sorted(chosen, reverse=True))
 
 
@@ -88,7 +90,9 @@ def record(config: RecordConfig) -> None:
             raise ValueError(f"record: {name} is {getattr(config, name)}, accepted is an integer >= 1")
     model, diffusion = load_teacher(config.teacher)
     if config.guidance != 1 and not model.null_class:
-        raise ValueError(f"record: guidance is {config.guidance}, but the teacher has no null class; accepted is 1")
+        raise ValueError(
+            f"record: guidance is {config.guidance}, but the teacher has no null class; accepted is 1"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     kept, times = _kept(config), diffusion.solver_times(config.solver_steps)
@@ -102,9 +106,13 @@ def record(config: RecordConfig) -> None:
     path = config.out / "manifest.json"
     if path.exists():
         found = read_json(path)
-        changed = [f"{k} is {found.get(k)!r} there, {v!r} here" for k, v in manifest.items() if found.get(k) != v]
+        changed = [
+            f"{k} is {found.get(k)!r} there, {v!r} here" for k, v in manifest.items() if found.get(k) != v
+        ]
         if changed:
-            raise ValueError(f"{path}: another recording ({'; '.join(changed[:4])}); name another folder with --out")
+            raise ValueError(
+                f"{path}: another recording ({'; '.join(changed[:4])}); name another folder with --out"
+            )
     else:
         write_json(path, manifest)
     identity = sha256(path)
@@ -124,17 +132,23 @@ def record(config: RecordConfig) -> None:
                     labels = some % model.num_classes
                     states = {
                         state.index: state
-                        for state in diffusion.ddim(denoise, noise.float().to(device), labels.to(device), times)
+                        for state in diffusion.ddim(
+                            denoise, noise.float().to(device), labels.to(device), times
+                        )
                         if state.index in (*kept, -1)
                     }
-                    xt = torch.stack([states[i].x for i in kept], 1) if kept else noise.new_empty(len(some), 0)
+                    xt = (
+                        torch.stack([states[i].x for i in kept], 1) if kept else noise.new_empty(len(some), 0)
+                    )
                     x0 = torch.stack([states[i].x0 for i in kept], 1) if kept else xt  # type: ignore[misc]
                     tensors = {"noise": noise, "xt": xt, "x0": x0, "final": states[-1].x}
                     parts.append({"labels": labels, **{k: v.to(dtype).cpu() for k, v in tensors.items()}})
                     bar.update(len(some) * min(world, len(shards)))
                 joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
                 target = _shard(config.out, shard)
-                write_tensors(target, joined, {"manifest": identity, "first": str(first), "count": str(len(indices))})
+                write_tensors(
+                    target, joined, {"manifest": identity, "first": str(first), "count": str(len(indices))}
+                )
                 write_text(target.with_suffix(".sha256"), sha256(target) + "\n")
             else:
                 bar.update(len(indices))
@@ -153,7 +167,9 @@ class TrajectoryStore:
         self.folder = folder
         path = folder / "manifest.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{folder}: no manifest.json there; accepted is a folder written by `ard record`")
+            raise FileNotFoundError(
+                f"{folder}: no manifest.json there; accepted is a folder written by `ard record`"
+            )
         self.manifest: dict[str, Any] = read_json(path)
         if self.manifest.get("format") != _FORMAT:
             raise ValueError(f"{path}: format is {self.manifest.get('format')!r}, accepted is {_FORMAT}")
@@ -176,7 +192,16 @@ class TrajectoryStore:
 
     def summary(self) -> dict[str, Any]:
         """What a student trained on this store should remember of it."""
-        names = ("teacher", "diffusion", "solver", "solver_steps", "guidance", "guided_channels", "seed", "samples")
+        names = (
+            "teacher",
+            "diffusion",
+            "solver",
+            "solver_steps",
+            "guidance",
+            "guided_channels",
+            "seed",
+            "samples",
+        )
         return {name: self.manifest[name] for name in names}
 
     def grid(self, steps: int, asked: tuple[int, ...] | None = None) -> tuple[int, ...]:
@@ -212,7 +237,9 @@ class TrajectoryStore:
             if (file.metadata() or {}).get("manifest") != self._identity:
                 raise ValueError(f"{path}: belongs to another recording than {self.folder / 'manifest.json'}")
             if not _is_whole(path):
-                raise ValueError(f"{path}: corrupt, its bytes do not match {path.with_suffix('.sha256').name}")
+                raise ValueError(
+                    f"{path}: corrupt, its bytes do not match {path.with_suffix('.sha256').name}"
+                )
             self._checked.add(shard)
         self._open[shard] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
         if len(self._open) > _OPEN_SHARDS:

@@ -83,7 +83,8 @@ def gated_residual_adaln(
 
 def _branch_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = not x.is_meta and torch.is_autocast_enabled(device)  # autocast does not know the meta device
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def _check(name: str, x: Tensor, layout: BlockLayout, branch: Tensor | None = None, **tables: Tensor) -> None:
@@ -97,10 +98,14 @@ def _check(name: str, x: Tensor, layout: BlockLayout, branch: Tensor | None = No
     wanted = (x.shape[0], layout.blocks, x.shape[2])
     for label, table in tables.items():
         if table.shape != wanted:
-            raise ValueError(f"{name}: {label} has shape {tuple(table.shape)}, accepted is {wanted}, a row per block")
+            raise ValueError(
+                f"{name}: {label} has shape {tuple(table.shape)}, accepted is {wanted}, a row per block"
+            )
     for label, tensor in (("x", x), *tables.items(), *([("branch", branch)] if branch is not None else [])):
         if tensor.dtype not in _FLOATS:
-            raise ValueError(f"{name}: {label} is {tensor.dtype}, accepted are {', '.join(map(str, _FLOATS))}")
+            raise ValueError(
+                f"{name}: {label} is {tensor.dtype}, accepted are {', '.join(map(str, _FLOATS))}"
+            )
         if tensor.device != x.device:
             raise ValueError(f"{name}: {label} is on {tensor.device}, x is on {x.device}")
 
@@ -116,7 +121,13 @@ def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 @torch.library.custom_op("ard_kernels::adaln", mutates_args=())
 def _adaln(
-    x: Tensor, shift: Tensor, scale: Tensor, lengths: Sequence[int], eps: float, out_dtype: torch.dtype, backend: str
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    lengths: Sequence[int],
+    eps: float,
+    out_dtype: torch.dtype,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y and, for the backward, mean and reciprocal standard deviation, float32 (B, T)."""
     return _BACKENDS[backend].adaln_forward(x, shift, scale, BlockLayout(lengths), eps, out_dtype)
@@ -124,7 +135,13 @@ def _adaln(
 
 @_adaln.register_fake
 def _(
-    x: Tensor, shift: Tensor, scale: Tensor, lengths: Sequence[int], eps: float, out_dtype: torch.dtype, backend: str
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    lengths: Sequence[int],
+    eps: float,
+    out_dtype: torch.dtype,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _like(x, out_dtype), _statistics(x), _statistics(x)
 
@@ -179,7 +196,9 @@ def _gated_residual_backward(
 
 
 @_gated_residual_backward.register_fake
-def _(dx: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str) -> tuple[Tensor, Tensor]:
+def _(
+    dx: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str
+) -> tuple[Tensor, Tensor]:
     return _like(branch), _like(gate)
 
 
@@ -201,7 +220,9 @@ def _gated_residual_adaln(
     out_dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     layout = BlockLayout(lengths)
-    return _BACKENDS[backend].gated_residual_adaln_forward(x, branch, gate, shift, scale, layout, eps, out_dtype)
+    return _BACKENDS[backend].gated_residual_adaln_forward(
+        x, branch, gate, shift, scale, layout, eps, out_dtype
+    )
 
 
 @_gated_residual_adaln.register_fake
@@ -219,7 +240,9 @@ def _gated_residual_adaln_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """x is the forward's residual output. Gradients of the forward's x, branch, gate, shift and scale."""
     layout = BlockLayout(lengths)
-    return _BACKENDS[backend].gated_residual_adaln_backward(dx, dy, x, branch, gate, scale, mean, rstd, layout)
+    return _BACKENDS[backend].gated_residual_adaln_backward(
+        dx, dy, x, branch, gate, scale, mean, rstd, layout
+    )
 
 
 @_gated_residual_adaln_backward.register_fake

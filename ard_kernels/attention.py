@@ -62,15 +62,19 @@ def cached_block_attention(
         (B, L_block, H, Dh) in the dtype of q; differentiable in q and in both caches (zero in hidden rows).
     """
     if not 0 <= block < layout.blocks:
-        raise ValueError(f"cached_block_attention: block is {block}, layout has blocks 0..{layout.blocks - 1}")
+        raise ValueError(
+            f"cached_block_attention: block is {block}, layout has blocks 0..{layout.blocks - 1}"
+        )
     _check("cached_block_attention", q, k_cache, v_cache, layout, mask, queries=layout.lengths[block])
     return _call(q, k_cache, v_cache, layout, mask, scale, block)
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, mask: Mask, scale: float | None, block: int) -> Tensor:
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, mask: Mask, scale: float | None, block: int
+) -> Tensor:
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if torch.is_autocast_enabled(q.device.type):
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # autocast does not know the meta device
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     out, _ = _block_attention(q, k, v, layout.lengths, mask, scale, block, chosen())
@@ -86,7 +90,11 @@ def _check(name: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, mask
         if x.dim() != 4:
             raise ValueError(f"{name}: {label} has shape {tuple(x.shape)}, accepted is (B, T, H, Dh)")
         if x.shape[1] != tokens:
-            wanted = f"layout has {layout.total} ({blocks})" if tokens == layout.total else f"the block has {tokens}"
+            wanted = (
+                f"layout has {layout.total} ({blocks})"
+                if tokens == layout.total
+                else f"the block has {tokens}"
+            )
             raise ValueError(f"{name}: {label} has {x.shape[1]} tokens, {wanted}")
         if (x.shape[0], *x.shape[2:]) != (q.shape[0], *q.shape[2:]):
             raise ValueError(f"{name}: {label} has shape {tuple(x.shape)}, q has {tuple(q.shape)}; "
@@ -110,7 +118,7 @@ def _block_attention(
 def _(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], mask: str, scale: float, block: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    keeps = _BACKENDS[backend].attention_keeps_lse(q, BlockLayout(lengths), cast(Mask, mask))
+    keeps = _BACKENDS[backend].attention_keeps_lse(q, BlockLayout(lengths), cast(Mask, mask), block)
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]) if keeps else (0,), dtype=wide)
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
@@ -122,7 +130,9 @@ def _block_attention_backward(
     scale: float, block: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     layout = BlockLayout(lengths)
-    return _BACKENDS[backend].attention_backward(dout, q, k, v, out, lse, layout, cast(Mask, mask), scale, block)
+    return _BACKENDS[backend].attention_backward(
+        dout, q, k, v, out, lse, layout, cast(Mask, mask), scale, block
+    )
 
 
 @_block_attention_backward.register_fake

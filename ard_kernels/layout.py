@@ -33,7 +33,9 @@ class BlockLayout:
     def __init__(self, lengths: Iterable[int]) -> None:
         object.__setattr__(self, "lengths", tuple(lengths))
         if not self.lengths or any(type(n) is not int or n < 1 for n in self.lengths):
-            raise ValueError(f"BlockLayout: lengths is {self.lengths!r}, accepted is one or more integers >= 1")
+            raise ValueError(
+                f"BlockLayout: lengths is {self.lengths!r}, accepted is one or more integers >= 1"
+            )
 
     @classmethod
     def uniform(cls, blocks: int, length: int) -> BlockLayout:
@@ -82,7 +84,9 @@ class BlockLayout:
     def block_ids(self, device: torch.device | str | None = None) -> torch.Tensor:
         """(T,) int64: the block of every token."""
         lengths = torch.tensor(self.lengths, device=device)
-        return torch.repeat_interleave(torch.arange(self.blocks, device=device), lengths, output_size=self.total)
+        return torch.repeat_interleave(
+            torch.arange(self.blocks, device=device), lengths, output_size=self.total
+        )
 
     def mask(self, mask: Mask, device: torch.device | str | None = None) -> torch.Tensor:
         """Dense bool (T, T), True where the row's token may attend to the column's. For tests and for reading."""

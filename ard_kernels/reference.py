@@ -19,7 +19,12 @@ def block_attention(
 
 
 def cached_block_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: BlockLayout, block: int, mask: Mask = "causal",
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    layout: BlockLayout,
+    block: int,
+    mask: Mask = "causal",
     scale: float | None = None,
 ) -> Tensor:
     """The rows of `block_attention` that belong to `block`. q is (B, L_block, H, Dh), the caches (B, T, H, Dh)."""
@@ -53,7 +58,13 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, layout: BlockLayout)
 
 
 def gated_residual_adaln(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, layout: BlockLayout, eps: float = 1e-6
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    layout: BlockLayout,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """`gated_residual`, then `adaln` of its result; both are returned."""
     x = gated_residual(x, branch, gate, layout)

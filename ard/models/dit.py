@@ -57,7 +57,9 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """(...,) -> (..., width)."""
         half = _TIME_FREQUENCIES // 2
-        frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+        frequencies = torch.exp(
+            -math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half
+        )
         angles = t.float().unsqueeze(-1) * frequencies
         embedded: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(self.mlp[0].weight.dtype))
         return embedded
@@ -207,7 +209,9 @@ class DiT(nn.Module):
         super().__init__()
         size = (input_size, input_size) if isinstance(input_size, int) else (input_size[0], input_size[1])
         if size[0] % patch_size or size[1] % patch_size:
-            raise ValueError(f"DiT: input_size is {size}, accepted are multiples of patch_size ({patch_size})")
+            raise ValueError(
+                f"DiT: input_size is {size}, accepted are multiples of patch_size ({patch_size})"
+            )
         if width % heads or width % 4:
             raise ValueError(f"DiT: width is {width}, accepted are multiples of heads ({heads}) and of 4")
         self.config: dict[str, Any] = {

@@ -68,7 +68,12 @@ class ARDTransformer(nn.Module):
 
     @classmethod
     def from_teacher(
-        cls, teacher: DiT, steps: int = 4, history_layers: int = 6, mask: Mask = "causal", per_step_final: bool = True
+        cls,
+        teacher: DiT,
+        steps: int = 4,
+        history_layers: int = 6,
+        mask: Mask = "causal",
+        per_step_final: bool = True,
     ) -> ARDTransformer:
         """A student with a copy of the teacher's weights, every final layer included; the variance half is dropped."""
         student = cls.__new__(cls)
@@ -115,14 +120,23 @@ class ARDTransformer(nn.Module):
             raise ValueError(f"ARDTransformer: states has shape {tuple(states.shape)}, accepted is (B, "
                              f"{', '.join(map(str, expected))})")  # fmt: skip
         history = TeacherForced(self.layout, self.history_layers, self.mask)
-        y, _ = run_layers(self.blocks, self.embed(states), self.modulation(labels), history, self.checkpointing)
+        y, _ = run_layers(
+            self.blocks, self.embed(states), self.modulation(labels), history, self.checkpointing
+        )
         parts = y.unflatten(1, (self.steps, -1)).unbind(1)
         return torch.stack([self._predict(part, s) for s, part in enumerate(parts)], 1)
 
     def cache(self, batch: int, dtype: torch.dtype, device: torch.device) -> KVCache:
         """An empty cache for `step`; its dtype is that of the keys and values (the autocast dtype where there is one)."""
         return KVCache(
-            self.layout, self.history_layers, self.mask, batch, self.heads, self.width // self.heads, dtype, device
+            self.layout,
+            self.history_layers,
+            self.mask,
+            batch,
+            self.heads,
+            self.width // self.heads,
+            dtype,
+            device,
         )
 
     def step(self, state: Tensor, step: int, tables: Sequence[Tensor], cache: KVCache) -> Tensor:
@@ -144,6 +158,10 @@ def _without_variance(dit: DiT) -> FinalLayer:
     final.adaLN_modulation = dit.final_layer.adaLN_modulation
     outputs = (dit.patch_size**2, 2 * dit.channels)  # of each patch pixel, its channels
     with torch.no_grad():
-        final.linear.weight.copy_(dit.final_layer.linear.weight.unflatten(0, outputs)[:, : dit.channels].flatten(0, 1))
-        final.linear.bias.copy_(dit.final_layer.linear.bias.unflatten(0, outputs)[:, : dit.channels].flatten())
+        final.linear.weight.copy_(
+            dit.final_layer.linear.weight.unflatten(0, outputs)[:, : dit.channels].flatten(0, 1)
+        )
+        final.linear.bias.copy_(
+            dit.final_layer.linear.bias.unflatten(0, outputs)[:, : dit.channels].flatten()
+        )
     return final

@@ -12,7 +12,9 @@ def _rows(table: Tensor, layout: BlockLayout) -> Tensor:
     """A table as something that broadcasts against `_blocks(x)`: (B, S, 1, D), or (B, T, D) for unequal blocks."""
     if layout.is_uniform:
         return table.unsqueeze(2)
-    return torch.repeat_interleave(table, torch.tensor(layout.lengths, device=table.device), 1, output_size=layout.total)
+    return torch.repeat_interleave(
+        table, torch.tensor(layout.lengths, device=table.device), 1, output_size=layout.total
+    )
 
 
 def _blocks(x: Tensor, layout: BlockLayout) -> Tensor:
@@ -45,7 +47,13 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def adaln_backward(
-    dy: Tensor, dx_residual: Tensor | None, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, layout: BlockLayout
+    dy: Tensor,
+    dx_residual: Tensor | None,
+    x: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    layout: BlockLayout,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = _wide(x)
     dy = dy.to(wide)
@@ -54,18 +62,29 @@ def adaln_backward(
     dshift, dscale = _sums(blocks, layout, scale.dtype), _sums(blocks * normed, layout, scale.dtype)
     dnormed = (blocks * _rows(1 + scale.to(wide), layout)).view(x.shape)
     dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-        dnormed, x.to(wide), x.shape[-1:], mean.unsqueeze(-1), rstd.unsqueeze(-1), None, None, [True, False, False]
+        dnormed,
+        x.to(wide),
+        x.shape[-1:],
+        mean.unsqueeze(-1),
+        rstd.unsqueeze(-1),
+        None,
+        None,
+        [True, False, False],
     )
     return (dx if dx_residual is None else dx.add_(dx_residual)).to(x.dtype), dshift, dscale
 
 
 def gated_residual_forward(x: Tensor, branch: Tensor, gate: Tensor, layout: BlockLayout) -> Tensor:
     wide = _wide(x)
-    out = torch.addcmul(_blocks(x.to(wide), layout), _rows(gate.to(wide), layout), _blocks(branch.to(wide), layout))
+    out = torch.addcmul(
+        _blocks(x.to(wide), layout), _rows(gate.to(wide), layout), _blocks(branch.to(wide), layout)
+    )
     return out.to(x.dtype).view(x.shape)
 
 
-def gated_residual_backward(dx: Tensor, branch: Tensor, gate: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
+def gated_residual_backward(
+    dx: Tensor, branch: Tensor, gate: Tensor, layout: BlockLayout
+) -> tuple[Tensor, Tensor]:
     blocks = _blocks(dx.to(_wide(dx)), layout)
     dgate = _sums(blocks * _blocks(branch, layout), layout, gate.dtype)
     return (blocks * _rows(gate, layout)).to(branch.dtype).view(branch.shape), dgate

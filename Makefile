@@ -1,0 +1,50 @@
+# `make demo` and `make test` set themselves up in a virtual environment and run.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+TORCH ?= 2.13.0
+
+# A torch that is installed already is used as it is (the environment sees it). Else a CPU build, which is the plain
+# package except on x86 Linux; where there is an NVIDIA GPU, the plain package with CUDA.
+HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+CPU_BUILD := $(if $(HAS_GPU),,$(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)))
+TORCH_PACKAGE := torch==$(TORCH)$(if $(CPU_BUILD),+cpu --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
+
+.PHONY: demo test test-slow test-gpu lint bench clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) $(VENV)
+
+$(VENV)/.torch: | $(BIN)/python
+	$(if $(HAS_TORCH),,$(PIP) install $(TORCH_PACKAGE))
+	touch $@
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/.torch
+	$(PIP) install -e .
+	touch $@
+
+$(VENV)/.developer: pyproject.toml | $(VENV)/.installed
+	$(PIP) install -e '.[dev,bench]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/ard demo $(ARGS)
+
+test: $(VENV)/.developer
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.developer
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: $(VENV)/.developer
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/.developer
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

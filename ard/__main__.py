@@ -1,0 +1,3 @@
+from ard.cli import main
+
+main()

@@ -1,0 +1,62 @@
+"""The command line, derived from the commands' configuration dataclasses."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Union
+
+import tyro
+from safetensors import SafetensorError
+
+from ard import convert, costs, demo, evaluation, sampling, training, trajectories
+
+_COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "demo": (demo.DemoConfig, demo.demo),
+    "train-teacher": (training.TrainTeacherConfig, training.train_teacher),
+    "record": (trajectories.RecordConfig, trajectories.record),
+    "distill": (training.DistillConfig, training.distill),
+    "sample": (sampling.SampleConfig, sampling.run),
+    "evaluate": (
+        evaluation.EvaluateConfig,
+        lambda config: evaluation.print_report(evaluation.evaluate(config)),
+    ),
+    "flops": (costs.FlopsConfig, costs.run),
+    "convert": (convert.ConvertConfig, convert.convert),
+    "train-classifier": (evaluation.TrainClassifierConfig, evaluation.train_classifier),
+    "statistics": (evaluation.StatisticsConfig, evaluation.statistics),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; a mistake in what it was given is one line on stderr and exit status 1."""
+    choices = tuple(
+        Annotated[config, tyro.conf.subcommand(name, prefix_name=False)]
+        for name, (config, _) in _COMMANDS.items()
+    )
+    config = tyro.cli(
+        Union[choices],  # type: ignore[arg-type]  # noqa: UP007  made at run time
+        prog="ard",
+        description="AutoRegressive Distillation of diffusion transformers (arXiv 2504.11295).",
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+    )
+    name, function = next((n, f) for n, (c, f) in _COMMANDS.items() if c is type(config))
+    try:
+        function(config)
+    except (ValueError, OSError, SafetensorError) as error:
+        if os.environ.get("ARD_TRACEBACK"):
+            raise
+        message = " ".join(str(error).split())
+        print(f"ard {name}: {message}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print(
+            f"\nard {name}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr
+        )
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

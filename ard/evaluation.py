@@ -1,0 +1,307 @@
+"""How good samples are: Frechet distance, precision and recall in the features of some network, error against the
+teacher from the same noise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ard.assets import ASSETS
+from ard.checkpoints import (
+    CONFIG, WEIGHTS, load_student, load_weights, read_json, read_tensors, replacing, write_json, write_tensors,
+)  # fmt: skip
+from ard.data import DEBIAN_FOLDER, Dataset, load_images, to_uint8
+from ard.models.classifier import Classifier
+from ard.pictures import image_grid, save_png
+from ard.runs import Run, versions
+from ard.sampling import sample
+from ard.training import Batch, Optimisation, accelerator_for, fit
+from ard.trajectories import TrajectoryStore
+
+# Neighbours of a point whose farthest gives its radius: Kynkaanniemi et al., arXiv 1904.06991, section 3.
+_NEIGHBOURS = 3
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Features of images: a name for reports, and (n, C, h, w) uint8 -> (n, d)."""
+
+    name: str
+    features: Callable[[Tensor], Tensor]
+
+
+def load_classifier(folder: Path) -> Classifier:
+    """The classifier of a folder, in evaluation mode."""
+    description = read_json(folder / CONFIG)
+    if description.get("class") != "Classifier":
+        raise ValueError(f"{folder / CONFIG}: holds a {description.get('class')}, wanted is a Classifier")
+    model = Classifier(**description["config"])
+    load_weights(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    return model.eval().requires_grad_(False)
+
+
+def classifier_extractor(folder: Path) -> Extractor:
+    """Features of the embedded (or another) classifier. Not the Inception of FID: name it for what it is."""
+    model = load_classifier(folder)
+    return Extractor(
+        "Fashion-MNIST classifier, 64 features", lambda images: model.features(images.float() / 127.5 - 1)
+    )
+
+
+def inception_extractor(weights: Path) -> Extractor:
+    """FID's Inception, through torch-fidelity, from a local file of its weights (pt_inception-2015-12-05-*.pth)."""
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights}: no such file; wanted are torch-fidelity's Inception weights")
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise ValueError(
+            f"Inception features need the extra `eval` (pip install 'ard[eval]'): {error}"
+        ) from None
+    model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights)).eval()
+
+    def features(images: Tensor) -> Tensor:
+        (values,) = model(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images)
+        return values  # type: ignore[no-any-return]
+
+    return Extractor("Inception (torch-fidelity), 2048 features", features)
+
+
+@torch.no_grad()
+def extract(extractor: Extractor, images: Tensor, batch: int = 250) -> Tensor:
+    """Features (n, d) float32 of images (n, C, h, w) uint8."""
+    return torch.cat([extractor.features(part).float() for part in images.split(batch)])
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Reference data in some feature space: moments (float64) of all of it, and the features of a part of it."""
+
+    mean: Tensor
+    covariance: Tensor
+    features: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, keep: int) -> Statistics:
+        wide = features.double()
+        return cls(wide.mean(0), torch.cov(wide.T), features[:keep])
+
+    def save(self, path: Path, extractor: str) -> None:
+        tensors = {"mean": self.mean, "covariance": self.covariance, "features": self.features.half()}
+        write_tensors(path, tensors, {"extractor": extractor})
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        tensors = read_tensors(path)
+        if set(tensors) != {"mean", "covariance", "features"}:
+            raise ValueError(f"{path}: holds {sorted(tensors)}, accepted are mean, covariance and features")
+        return cls(tensors["mean"].double(), tensors["covariance"].double(), tensors["features"].float())
+
+
+def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), in float64 (Heusel et al., arXiv 1706.08500, equation 6).
+
+    (A B)^(1/2) has the eigenvalues of (A^(1/2) B A^(1/2))^(1/2), which is symmetric.
+    """
+    values, vectors = torch.linalg.eigh(cov_a.double())
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b.double() @ root).clamp_min(0).sqrt().sum()
+    shift = (mean_a.double() - mean_b.double()).square().sum()
+    return float(shift + cov_a.double().trace() + cov_b.double().trace() - 2 * cross)
+
+
+def _covered(points: Tensor, manifold: Tensor) -> float:
+    """Share of `points` within the radius of a point of `manifold`, its distance to its third-nearest neighbour."""
+    radii = torch.cat(
+        [torch.cdist(part, manifold).kthvalue(_NEIGHBOURS + 1)[0] for part in manifold.split(1000)]
+    )
+    inside = [(torch.cdist(part, manifold) <= radii).any(1) for part in points.split(1000)]
+    return float(torch.cat(inside).float().mean())
+
+
+def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
+    """k-nearest-neighbour precision and recall (arXiv 1904.06991) of features (n, d), on equally many of both."""
+    n = min(len(generated), len(real))
+    return _covered(generated[:n], real[:n]), _covered(real[:n], generated[:n])
+
+
+def image_metrics(images: Tensor, extractor: Extractor, reference: Statistics) -> dict[str, float]:
+    """Frechet distance, precision and recall of images (n, C, h, w) uint8."""
+    features = extract(extractor, images)
+    own = Statistics.of(features, 0)
+    precision, recall = precision_recall(features, reference.features)
+    distance = frechet_distance(own.mean, own.covariance, reference.mean, reference.covariance)
+    return {"frechet": distance, "precision": precision, "recall": recall, "samples": len(images)}
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluate a student on recorded trajectories that it was not trained on (`ard record` with another seed)."""
+
+    student: Path
+    """Folder of the student."""
+    trajectories: Path
+    """Store of held-out trajectories: the noise to start from, and the teacher's results from it."""
+    out: Path
+    """Folder of the report: evaluation.json and samples.png."""
+    samples: int | None = None
+    """How many of the trajectories; default: all."""
+    batch_size: int = 100
+    """Samples per pass."""
+    classifier: Path = ASSETS / "classifier"
+    """Folder of the classifier whose features are used."""
+    inception: Path | None = None
+    """Use Inception features instead, from this local weights file of torch-fidelity."""
+    reference: Path = ASSETS / "statistics.safetensors"
+    """Statistics of real images in the same features (`ard statistics`)."""
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    student, trained = load_student(config.student)
+    store = TrajectoryStore(config.trajectories)
+    count = len(store) if config.samples is None else config.samples
+    if not 2 <= count <= len(store):
+        raise ValueError(
+            f"evaluate: samples is {count}, accepted are 2..{len(store)}, what {store.folder} holds"
+        )
+    if trained["teacher"] != store.manifest["teacher"]:
+        raise ValueError(f"{store.folder}: was recorded from another teacher than the student's")
+    extractor = (
+        classifier_extractor(config.classifier)
+        if config.inception is None
+        else inception_extractor(config.inception)
+    )
+    reference = Statistics.load(config.reference)
+    grid, state = tuple(trained["grid"]), trained["state"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student.to(device)
+    made, recorded, errors, seconds = [], [], torch.zeros(student.steps, dtype=torch.float64), 0.0
+    for indices in tqdm(torch.arange(count).split(config.batch_size), desc="sample", mininterval=1.0):
+        states, labels = store.states(indices, grid, state)
+        began = time.perf_counter()
+        path = sample(student, states[:, 0].to(device), labels.to(device)).cpu()
+        seconds += time.perf_counter() - began
+        errors += (path - states[:, 1:]).square().mean((2, 3, 4)).double().sum(0)
+        made.append(to_uint8(path[:, -1]))
+        recorded.append(to_uint8(states[:, -1]))
+    images, teacher = torch.cat(made), torch.cat(recorded)
+    report = {
+        "features": extractor.name, "student": image_metrics(images, extractor, reference),
+        "teacher": image_metrics(teacher, extractor, reference), "errors": (errors / count).tolist(),
+        "seconds_per_sample": seconds / count, "steps": student.steps, "history_layers": student.history_layers,
+        "mask": student.mask, "trained_with_the_same_noise": trained["seed"] == store.manifest["seed"],
+        "versions": versions(),
+    }  # fmt: skip
+    write_json(config.out / "evaluation.json", report)
+    pairs = torch.stack([teacher[:20], images[:20]]).flatten(0, 1).float() / 127.5 - 1
+    save_png(config.out / "samples.png", image_grid(pairs, columns=min(20, count)))
+    return report
+
+
+def print_report(report: dict[str, Any]) -> None:
+    print(f"features: {report['features']}; samples: {report['student']['samples']}")
+    print(f"{'':10}{'Frechet':>10}{'precision':>11}{'recall':>8}")
+    for name in ("teacher", "student"):
+        row = report[name]
+        print(f"{name:10}{row['frechet']:10.2f}{row['precision']:11.3f}{row['recall']:8.3f}")
+    print("error against the teacher from the same noise, per step:", *(f"{e:.4f}" for e in report["errors"]))
+
+
+@dataclass(frozen=True)
+class TrainClassifierConfig:
+    """Train the classifier whose features evaluate samples."""
+
+    out: Path
+    """Folder of the run. The classifier is written to its subfolder `classifier`."""
+    dataset: Dataset = "fashion-mnist"
+    """The images."""
+    data: Path = DEBIAN_FOLDER
+    """Folder of the Fashion-MNIST files."""
+    optimisation: Optimisation = field(
+        default_factory=lambda: Optimisation(
+            iterations=3000,
+            batch_size=128,
+            lr=2e-3,
+            lr_schedule="cosine",
+            warmup=100,
+            weight_decay=0.01,
+            ema=0.99,
+            sample_every=0,
+        )  # fmt: skip
+    )
+    """How the weights are optimised."""
+
+
+def train_classifier(config: TrainClassifierConfig) -> None:
+    o = config.optimisation
+    accelerator = accelerator_for(o)
+    images, test = (load_images(config.dataset, train, config.data) for train in (True, False))
+    run = Run(config.out, "train-classifier", config, accelerator.is_main_process)
+    torch.manual_seed(o.seed)
+    model = Classifier()
+
+    def loss_of(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        pixels, labels = batch
+        loss = F.cross_entropy(model(pixels).float(), labels)
+        return loss, loss.unsqueeze(0)
+
+    def fetch(indices: Tensor) -> Batch:
+        return images.pixels[indices], images.labels[indices]
+
+    weights = fit(run, accelerator, model, o, len(images), fetch, loss_of, lambda _: torch.empty(0))
+    model.load_state_dict(weights)
+    model.eval()
+    with torch.no_grad():
+        right = torch.cat(
+            [model(part).argmax(1) for part in test.pixels.to(accelerator.device).split(500)]
+        ).cpu()
+    accuracy = float((right == test.labels).float().mean())
+    if accelerator.is_main_process:
+        folder = config.out / "classifier"
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            write_tensors(temporary / WEIGHTS, model.state_dict())
+            write_json(
+                temporary / CONFIG, {"class": "Classifier", "config": model.config, "test_accuracy": accuracy}
+            )
+        print(f"classifier: {folder} (accuracy on the test images {accuracy:.4f})")
+
+
+@dataclass(frozen=True)
+class StatisticsConfig:
+    """Compute statistics of real images for `ard evaluate`."""
+
+    out: Path
+    """The .safetensors file to write."""
+    dataset: Dataset = "fashion-mnist"
+    """The images: moments over the training images, and the distance of the test images from them as a check."""
+    data: Path = DEBIAN_FOLDER
+    """Folder of the Fashion-MNIST files."""
+    classifier: Path = ASSETS / "classifier"
+    """Folder of the classifier whose features are used."""
+    inception: Path | None = None
+    """Use Inception features instead, from this local weights file of torch-fidelity."""
+    keep: int = 5000
+    """How many images' features are kept, for precision and recall."""
+
+
+def statistics(config: StatisticsConfig) -> None:
+    extractor = (
+        classifier_extractor(config.classifier)
+        if config.inception is None
+        else inception_extractor(config.inception)
+    )
+    train, test = (to_uint8(load_images(config.dataset, t, config.data).pixels) for t in (True, False))
+    reference = Statistics.of(extract(extractor, train), config.keep)
+    reference.save(config.out, extractor.name)
+    print(
+        f"statistics: {config.out}; test images: {image_metrics(test[: config.keep], extractor, reference)}"
+    )

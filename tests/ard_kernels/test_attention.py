@@ -1,0 +1,328 @@
+"""block_attention and cached_block_attention against the float64 reference, and against what they promise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ard_kernels import BlockLayout, block_attention, cached_block_attention, reference
+from ard_kernels.layout import MASKS
+
+RAGGED = BlockLayout((3, 1, 6, 4))
+UNIFORM = BlockLayout.uniform(blocks=3, length=5)
+
+# Largest error in epsilons of the dtype. Measured over this file's inputs: UNITS_PLACEHOLDER
+_UNITS = {torch.float64: 8.0, torch.float32: 8.0, torch.bfloat16: 8.0, torch.float16: 8.0}
+DTYPES = tuple(_UNITS)
+Attention = Callable[..., Tensor]
+
+
+def _normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def _qkv(layout: BlockLayout, batch: int, heads: int, dim: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return _normal(batch, layout.total, 3, heads, dim, dtype=dtype, seed=seed)  # (B, T, 3, H, Dh)
+
+
+def _run(
+    attend: Attention, inputs: tuple[Tensor, ...], dout: Tensor, *args: Any, **kwargs: Any
+) -> list[Tensor]:
+    """The output and the gradients of q, k and v."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = attend(*leaves, *args, **kwargs)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
+
+
+def _check(
+    assert_accurate: Callable[..., None], ours: Attention, meaning: Attention, inputs: tuple[Tensor, ...], *args: Any,
+    **kwargs: Any,
+) -> None:  # fmt: skip
+    dout = _normal(*inputs[0].shape, dtype=inputs[0].dtype, seed=1)
+    got = _run(ours, inputs, dout, *args, **kwargs)
+    exact = _run(meaning, tuple(x.double() for x in inputs), dout, *args, **kwargs)
+    plain = _run(meaning, inputs, dout, *args, **kwargs)
+    assert_accurate(got, exact, plain, _UNITS[inputs[0].dtype])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@given(
+    lengths=st.lists(st.integers(1, 24), min_size=1, max_size=5),
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    dim=st.sampled_from(range(16, 129, 8)),
+    dtype=st.sampled_from(DTYPES),
+    scale=st.sampled_from((None, 0.3)),
+    seed=st.integers(0, 9),
+)
+def test_values_and_gradients(
+    assert_accurate: Callable[..., None], mask: str, lengths: list[int], batch: int, heads: int, dim: int,
+    dtype: torch.dtype, scale: float | None, seed: int,
+) -> None:  # fmt: skip
+    layout = BlockLayout(lengths)
+    inputs = _qkv(layout, batch, heads, dim, dtype, seed).unbind(2)
+    _check(assert_accurate, block_attention, reference.block_attention, inputs, layout, mask, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", range(16, 129, 8))
+def test_every_head_dim(assert_accurate: Callable[..., None], dim: int, dtype: torch.dtype) -> None:
+    for layout in (RAGGED, UNIFORM):
+        inputs = _qkv(layout, 2, 2, dim, dtype).unbind(2)
+        _check(assert_accurate, block_attention, reference.block_attention, inputs, layout, "causal")
+
+
+@pytest.mark.parametrize(
+    "dtype, mask", [*((torch.bfloat16, mask) for mask in MASKS), (torch.float16, "causal")]
+)
+def test_long_sequences(assert_accurate: Callable[..., None], dtype: torch.dtype, mask: str) -> None:
+    """Lengths at which implementations change method or work in pieces: 520 keys, a million scores in a block."""
+    layout = BlockLayout((270, 250))
+    inputs = _qkv(layout, 1, 16, 16, dtype).unbind(2)
+    _check(assert_accurate, block_attention, reference.block_attention, inputs, layout, mask)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_token_blocks_are_exact(dtype: torch.dtype, mask: str) -> None:
+    """With one visible key the output is its value, bit for bit."""
+    q, k, v = _qkv(BlockLayout((1,)), 2, 2, 24, dtype).unbind(2)
+    assert torch.equal(block_attention(q, k, v, BlockLayout((1,)), mask), v)
+
+
+def _packed(x: Tensor) -> tuple[Tensor, ...]:
+    return x.unbind(2)
+
+
+def _heads_first(x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(part.transpose(1, 2).contiguous().transpose(1, 2) for part in x.unbind(2))
+
+
+def _every_second(x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(part.repeat_interleave(2, -1)[..., ::2] for part in x.unbind(2))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("layout", [RAGGED, UNIFORM], ids=["ragged", "uniform"])
+@pytest.mark.parametrize("view", [_packed, _heads_first, _every_second])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides_do_not_matter(
+    dtype: torch.dtype, view: Callable[[Tensor], tuple[Tensor, ...]], layout: BlockLayout, mask: str
+) -> None:
+    """Views of packed or transposed memory, and a broadcast dout, give the bits that contiguous tensors give."""
+    x = _qkv(layout, 2, 2, 24, dtype)
+    dout = _normal(1, layout.total, 2, 24, dtype=dtype, seed=1).expand(2, -1, -1, -1)
+    expected_out, *expected_grads = _run(
+        block_attention, tuple(part.contiguous() for part in x.unbind(2)), dout.contiguous(), layout, mask
+    )
+    leaf = x.requires_grad_()
+    out = block_attention(*view(leaf), layout, mask)
+    (grad,) = torch.autograd.grad(out, leaf, dout)
+    assert not any(part.is_contiguous() for part in view(leaf))
+    assert torch.equal(out, expected_out) and out.is_contiguous()
+    assert torch.equal(grad, torch.stack(expected_grads, 2))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    dim=st.sampled_from(range(16, 129, 8)),
+    dtype=st.sampled_from(DTYPES),
+    data=st.data(),
+)
+def test_cached_values_and_gradients(
+    assert_accurate: Callable[..., None], mask: str, lengths: list[int], dim: int, dtype: torch.dtype,
+    data: st.DataObject,
+) -> None:  # fmt: skip
+    layout = BlockLayout(lengths)
+    block = data.draw(st.integers(0, layout.blocks - 1))
+    q, k, v = _qkv(layout, 2, 2, dim, dtype).unbind(2)
+    inputs = q[:, layout.slice(block)], k, v
+    _check(
+        assert_accurate, cached_block_attention, reference.cached_block_attention, inputs, layout, block, mask
+    )
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("layout", [RAGGED, UNIFORM], ids=["ragged", "uniform"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cached_is_the_rows_and_never_reads_hidden_ones(
+    dtype: torch.dtype, layout: BlockLayout, mask: str
+) -> None:
+    q, k, v = _qkv(layout, 2, 2, 72, dtype).unbind(2)
+    whole = block_attention(q, k, v, layout, mask)
+    eps = torch.finfo(dtype).eps
+    for s in range(layout.blocks):
+        hidden = ~layout.mask(mask)[layout.slice(s)].any(0)
+        caches = [x.clone() for x in (k, v)]
+        for cache in caches:
+            cache[:, hidden] = float("nan")
+        inputs = (q[:, layout.slice(s)], *caches)
+        dout = _normal(*inputs[0].shape, dtype=dtype, seed=1)
+        out, dq, *dcaches = _run(cached_block_attention, inputs, dout, layout, s, mask)
+        # Two orders of the same sum: each is within an epsilon of it.
+        torch.testing.assert_close(
+            out, whole[:, layout.slice(s)], rtol=0, atol=2 * eps * float(whole.abs().max())
+        )
+        assert dq.isfinite().all()
+        for grad in dcaches:
+            assert grad[:, hidden].eq(0).all() and grad[:, ~hidden].isfinite().all()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_hidden_tokens_have_no_influence(mask: str) -> None:
+    """A NaN in one block reaches exactly the blocks that see it: nothing is multiplied by a zero weight."""
+    q, k, v = _qkv(RAGGED, 1, 1, 16, torch.float32).unbind(2)
+    visible = RAGGED.mask(mask)
+    for s in range(RAGGED.blocks):
+        poisoned = v.clone()
+        poisoned[:, RAGGED.slice(s)] = float("nan")
+        touched = block_attention(q, k, poisoned, RAGGED, mask).isnan().any(-1).flatten()
+        assert torch.equal(touched, visible[:, RAGGED.slice(s)].any(1))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_scores_do_not_overflow(dtype: torch.dtype, mask: str) -> None:
+    """A softmax that subtracts its maximum: with scores near 10^4 the largest key takes everything."""
+    layout = BlockLayout((2, 3))
+    q, k, v = (100 * x for x in _qkv(layout, 1, 1, 64, dtype).unbind(2))
+    for tensor in _run(block_attention, (q, k, v), torch.ones_like(q), layout, mask):
+        assert tensor.isfinite().all()
+    exact = reference.block_attention(q.double(), k.double(), v.double(), layout, mask)
+    error = (block_attention(q, k, v, layout, mask).double() - exact).abs().max() / exact.abs().max()
+    assert error <= 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_runs_are_bitwise_equal(dtype: torch.dtype, mask: str) -> None:
+    layout = BlockLayout((40, 64, 24))
+    inputs = _qkv(layout, 2, 4, 72, dtype).unbind(2)
+    dout = _normal(*inputs[0].shape, dtype=dtype, seed=1)
+    first = _run(block_attention, inputs, dout, layout, mask)
+    second = _run(block_attention, inputs, dout, layout, mask)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("block", [-1, 1])
+@pytest.mark.parametrize("layout", [RAGGED, UNIFORM], ids=["ragged", "uniform"])
+@pytest.mark.parametrize("mask", ["anchor", "diagonal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype, mask: str, layout: BlockLayout, block: int) -> None:
+    q, k, v = _qkv(layout, 2, 2, 16, dtype).unbind(2)
+    if block >= 0:
+        q = q[:, layout.slice(block)]
+    options = (layout.lengths, mask, 0.25, block, "eager")
+    leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
+    torch.library.opcheck(torch.ops.ard_kernels.block_attention.default, (*leaves, *options))
+    out, lse = torch.ops.ard_kernels.block_attention(q, k, v, *options)
+    backward = torch.ops.ard_kernels.block_attention_backward.default
+    torch.library.opcheck(backward, (torch.ones_like(out), q, k, v, out, lse, *options))
+
+
+@pytest.mark.parametrize("layout", [RAGGED, UNIFORM], ids=["ragged", "uniform"])
+@pytest.mark.parametrize("mask", ["causal", "diagonal"])
+def test_compiles_without_graph_breaks(mask: str, layout: BlockLayout) -> None:
+    def both(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        one = cached_block_attention(q[:, layout.slice(1)], k, v, layout, 1, mask)
+        return torch.cat([block_attention(q, k, v, layout, mask), one], 1)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    inputs = _qkv(layout, 2, 2, 24, torch.float32).unbind(2)
+    dout = _normal(2, layout.total + layout.lengths[1], 2, 24, seed=1)
+    for a, b in zip(_run(compiled, inputs, dout), _run(both, inputs, dout), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_casts_inputs() -> None:
+    x = _qkv(RAGGED, 2, 2, 24, torch.float32)
+    inputs = x.unbind(2)
+    dout = _normal(*inputs[0].shape, dtype=torch.bfloat16, seed=1)
+    cached = inputs[0][:, RAGGED.slice(2)], *inputs[1:]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = _run(block_attention, inputs, dout, RAGGED, "causal")
+        one = cached_block_attention(*cached, RAGGED, 2)
+    expected = _run(block_attention, tuple(part.bfloat16() for part in inputs), dout, RAGGED, "causal")
+    assert [x.dtype for x in got] == [torch.bfloat16, *[torch.float32] * 3]
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(got, expected, strict=True))
+    assert torch.equal(one, cached_block_attention(*(part.bfloat16() for part in cached), RAGGED, 2))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_flops(dtype: torch.dtype, mask: str) -> None:
+    batch, heads, dim, block = 3, 2, 24, 2
+    q, k, v = (x.detach().requires_grad_() for x in _qkv(RAGGED, batch, heads, dim, dtype).unbind(2))
+    rows = RAGGED.slice(block)
+    visible = RAGGED.mask(mask)
+    for attend, area in (
+        (lambda: block_attention(q, k, v, RAGGED, mask), int(visible.sum())),
+        (lambda: cached_block_attention(q[:, rows], k, v, RAGGED, block, mask), int(visible[rows].sum())),
+    ):
+        with FlopCounterMode(display=False) as forward:
+            out = attend()
+        with FlopCounterMode(display=False) as backward:
+            out.sum().backward()
+        assert forward.get_total_flops() == batch * 2 * 2 * heads * dim * area
+        assert 2 * backward.get_total_flops() == 5 * forward.get_total_flops()
+
+
+def test_shapes_are_known_without_data() -> None:
+    q, k, v = _qkv(RAGGED, 2, 2, 24, torch.bfloat16).to("meta").unbind(2)
+    out = block_attention(q, k, v, RAGGED)
+    assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device)
+
+
+_GOOD = dict(zip("qkv", _qkv(RAGGED, 2, 2, 16, torch.float32).unbind(2), strict=True))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": _GOOD["q"][0]}, r"q has shape \(14, 2, 16\), accepted is \(B, T, H, Dh\)"),
+        ({"q": _GOOD["q"][:, 1:]}, r"q has 13 tokens, layout has 14 \(4 blocks of \(3, 1, 6, 4\)\)"),
+        ({"k": _GOOD["k"][:, 1:]}, r"k has 13 tokens, layout has 14"),
+        ({"v": _GOOD["v"][:, 1:]}, r"v has 13 tokens, layout has 14"),
+        ({"k": _GOOD["k"][:1]}, r"k has shape \(1, 14, 2, 16\), q has \(2, 14, 2, 16\)"),
+        ({"k": _GOOD["k"][:, :, :1]}, r"k has shape \(2, 14, 1, 16\), q has"),
+        ({"v": _GOOD["v"][..., :8]}, r"v has shape \(2, 14, 2, 8\), q has"),
+        ({"q": _GOOD["q"].int()}, r"q is torch.int32, accepted are torch.float64"),
+        ({"k": _GOOD["k"].half()}, r"k is torch.float16 on cpu, q is torch.float32"),
+        ({"v": _GOOD["v"].to("meta")}, r"v is torch.float32 on meta, q is torch.float32 on cpu"),
+        ({"layout": (3, 1, 6, 4)}, r"layout is tuple, accepted is BlockLayout"),
+        ({"layout": BlockLayout((7, 6))}, r"q has 14 tokens, layout has 13 \(2 blocks of \(7, 6\)\)"),
+        ({"mask": "full"}, r"mask is 'full', accepted are 'causal', 'diagonal', 'window', 'anchor'"),
+        ({"mask": None}, r"mask is None, accepted are"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^block_attention: " + message):
+        block_attention(**{**_GOOD, "layout": RAGGED, **change})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"block": 4}, r"block is 4, layout has blocks 0\.\.3"),
+        ({"block": -1}, r"block is -1, layout has blocks 0\.\.3"),
+        ({"block": 1.0}, r"block is 1\.0, layout has blocks 0\.\.3"),
+        ({"block": 1}, r"q has 6 tokens, the block has 1"),
+        ({"k_cache": _GOOD["k"][:, :13]}, r"k_cache has 13 tokens, layout has 14"),
+        ({"v_cache": _GOOD["v"].half()}, r"v_cache is torch.float16 on cpu, q is torch.float32"),
+        ({"layout": [3, 1, 6, 4]}, r"layout is list, accepted is BlockLayout"),
+        ({"mask": "full"}, r"mask is 'full'"),
+    ],
+)
+def test_bad_cached_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    good = {"q": _GOOD["q"][:, RAGGED.slice(2)], "k_cache": _GOOD["k"], "v_cache": _GOOD["v"], "block": 2}
+    with pytest.raises(ValueError, match="^cached_block_attention: " + message):
+        cached_block_attention(**{**good, "layout": RAGGED, **change})

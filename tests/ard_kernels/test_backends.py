@@ -1,0 +1,99 @@
+"""Which backend is in force, and that an impossible choice is an error that says why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ard_kernels
+from ard_kernels import BlockLayout, block_attention, use_backend
+from ard_kernels.backends import chosen
+
+_ABSENT = {name: status.reason for name, status in ard_kernels.backends().items() if not status.available}
+
+
+def test_every_backend_is_listed_with_a_reason() -> None:
+    found = ard_kernels.backends()
+    assert {"eager", "native", "triton"} <= set(found)
+    assert found["eager"].available
+    assert all(status.reason for status in found.values())
+
+
+def test_use_backend_nests_and_ends() -> None:
+    before = chosen()
+    with use_backend("eager"):
+        assert chosen() == "eager"
+        with use_backend("eager"):
+            assert chosen() == "eager"
+    with pytest.raises(KeyError), use_backend("eager"):
+        raise KeyError
+    assert chosen() == before
+
+
+def test_every_available_backend_can_be_forced() -> None:
+    layout = BlockLayout((2, 3))
+    q = torch.ones(1, 5, 1, 16)
+    for name, status in ard_kernels.backends().items():
+        if status.available:
+            with use_backend(name):
+                assert chosen() == name
+                assert torch.equal(block_attention(q, q, q, layout), q)
+
+
+def test_unknown_backend_is_named() -> None:
+    before = chosen()
+    with (
+        pytest.raises(ValueError, match="^use_backend: backend is 'fast', accepted are 'eager'"),
+        use_backend("fast"),
+    ):
+        pytest.fail("the block ran")
+    assert chosen() == before
+
+
+@pytest.mark.parametrize("name", sorted(_ABSENT))
+def test_absent_backend_says_why(name: str) -> None:
+    before = chosen()
+    with pytest.raises(RuntimeError) as error, use_backend(name):
+        pytest.fail("the block ran")
+    assert str(error.value) == f"use_backend: backend {name!r} cannot be used here: {_ABSENT[name]}"
+    assert chosen() == before
+
+
+def _imported_with(value: str) -> subprocess.CompletedProcess[str]:
+    code = "from ard_kernels.backends import chosen; print(chosen())"
+    environment = {**os.environ, "ARD_KERNELS_BACKEND": value}
+    path = os.pathsep.join(p for p in sys.path if p)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_environment_variable_chooses() -> None:
+    assert _imported_with("eager").stdout == "eager\n"
+
+
+def test_environment_variable_unknown_backend_is_named() -> None:
+    done = _imported_with("fast")
+    assert done.returncode != 0
+    assert (
+        "ValueError: environment variable ARD_KERNELS_BACKEND: backend is 'fast', accepted are" in done.stderr
+    )
+
+
+@pytest.mark.skipif(not _ABSENT, reason="every backend exists here")
+def test_environment_variable_absent_backend_says_why() -> None:
+    name, reason = min(_ABSENT.items())
+    done = _imported_with(name)
+    assert done.returncode != 0
+    assert (
+        f"environment variable ARD_KERNELS_BACKEND: backend {name!r} cannot be used here: {reason}"
+        in done.stderr
+    )
