@@ -1,4 +1,5 @@
-"""ARD, AutoRegressive Distillation of diffusion transformers (arXiv 2504.11295): models, trainer and sampler."""
+"""ARD, AutoRegressive Distillation of diffusion transformers (arXiv 2504.11295): models, trainer and
+sampler."""
 
 from ard.sampling import sample
 

@@ -1,4 +1,5 @@
-"""Weights and small files on disk: written under a temporary name and renamed, read without executing anything."""
+"""Weights and small files on disk: written under a temporary name and renamed, read without executing
+anything."""
 
 from __future__ import annotations
 
@@ -120,7 +121,8 @@ def _save(folder: Path, description: dict[str, Any], tensors: Mapping[str, Tenso
 def save_teacher(
     folder: Path, model: DiT, diffusion: Diffusion, tensors: Mapping[str, Tensor] | None = None
 ) -> None:
-    """A folder with config.json and model.safetensors; `tensors` instead of the model's own weights (an EMA)."""
+    """A folder with config.json and model.safetensors; `tensors` instead of the model's own weights (an
+    EMA)."""
     description = {"class": "DiT", "config": model.config, "diffusion": diffusion.config}
     _save(folder, description, model.state_dict() if tensors is None else tensors)
 

@@ -1,8 +1,8 @@
 """What a network costs: multiply-accumulates by formula, and as counted by running it on the meta device.
 
-Formula and counter agree exactly. Both hold what `torch.utils.flop_counter` counts (convolutions, linear layers,
-attention over visible pairs); elementwise work, norms and softmax are none of it. The column "GFLOPs" of
-arXiv 2504.11295 is 10^9 multiply-accumulates.
+Formula and counter agree exactly. Both hold what `torch.utils.flop_counter` counts (convolutions, linear
+layers, attention over visible pairs); elementwise work, norms and softmax are none of it. The column "GFLOPs"
+of arXiv 2504.11295 is 10^9 multiply-accumulates.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ def dit_macs(config: dict[str, Any], batch: int = 1) -> Macs:
 def student_macs(config: dict[str, Any], batch: int = 1) -> Macs:
     """One teacher-forced pass of the student with this `ARDTransformer.config`.
 
-    Sampling with the KV cache costs exactly the same: S passes over L tokens make the same rows and pairs as one pass
-    over S*L. The time MLP sees the S times once per call, whatever the batch: `time` alone does not grow with it, so
-    a sample of a large batch costs up to S (256 D + D^2) less than a batch of one (0.001 % for DiT-XL/2).
+    Sampling with the KV cache costs exactly the same: S passes over L tokens make the same rows and pairs as
+    one pass over S*L. The time MLP sees the S times once per call, whatever the batch: `time` alone does not
+    grow with it, so a sample of a large batch costs up to S (256 D + D^2) less than a batch of one (0.001 %
+    for DiT-XL/2).
     """
     teacher, steps, depth = config["teacher"], config["steps"], config["teacher"]["depth"]
     layout, history = BlockLayout.uniform(steps, _tokens(teacher)), config["history_layers"]
@@ -75,7 +76,8 @@ def _tokens(config: dict[str, Any]) -> int:
 
 
 def _macs(config: dict[str, Any], batch: int, states: int, times: int, attention: int, outputs: int) -> Macs:
-    """`states` in all samples together, `times` rows of the time embedding, `attention` of one sample, all layers."""
+    """`states` in all samples together, `times` rows of the time embedding, `attention` of one sample, all
+    layers."""
     width, depth, pixels = config["width"], config["depth"], config["patch_size"] ** 2
     tokens = states * _tokens(config)
     return Macs(
@@ -89,7 +91,8 @@ def _macs(config: dict[str, Any], batch: int, states: int, times: int, attention
 
 
 def count(forward: Callable[[], object]) -> int:
-    """Multiply-accumulates of whatever `forward` runs, by torch's counter; on the meta device nothing is computed."""
+    """Multiply-accumulates of whatever `forward` runs, by torch's counter; on the meta device nothing is
+    computed."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         forward()
     return int(counter.get_total_flops()) // 2
@@ -189,8 +192,8 @@ def _row(teacher: DiT, published: Published) -> Row:
         formula, counted = student_macs(student.config).total, count_sampling(student)
         overhead = history_overhead(student.config)
     return Row(
-        published.name, published.steps, published.history_layers, published.mask, formula / 1e9, counted / 1e9,
-        published.gmacs, 100 * (formula / 1e9 / published.gmacs - 1), overhead,
+        published.name, published.steps, published.history_layers, published.mask, formula / 1e9,
+        counted / 1e9, published.gmacs, 100 * (formula / 1e9 / published.gmacs - 1), overhead,
     )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Images to train a teacher and a classifier on: Fashion-MNIST, or scikit-learn's digits where it is absent."""
+"""Images to train a teacher and a classifier on: Fashion-MNIST, or scikit-learn's digits where it is
+absent."""
 
 from __future__ import annotations
 
@@ -86,9 +87,11 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 
 def shuffled(position: int, count: int, size: int, seed: int) -> Tensor:
-    """The `count` data set indices at `position` of an endless stream of epochs, each a permutation of its own.
+    """The `count` data set indices at `position` of an endless stream of epochs, each a permutation of its
+    own.
 
-    A function of its arguments alone: a run that goes on at a position sees what an uninterrupted run would have seen.
+    A function of its arguments alone: a run that goes on at a position sees what an uninterrupted run would
+    have seen.
     """
     indices = []
     while count:
@@ -105,7 +108,8 @@ def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def index_noise(indices: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
-    """(n, *shape) float32 standard normal; row i is a function of (seed, indices[i]) alone, on every machine."""
+    """(n, *shape) float32 standard normal; row i is a function of (seed, indices[i]) alone, on every
+    machine."""
     rows = [
         np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, index])).standard_normal(
             shape, np.float32

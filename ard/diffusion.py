@@ -33,7 +33,8 @@ def _alphas_cumprod(schedule: Schedule, timesteps: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SolverState:
-    """Where a solver stands: `x` at `index`, and the prediction of the clean image made there (None at index 0)."""
+    """Where a solver stands: `x` at `index`, and the prediction of the clean image made there (None at index
+    0)."""
 
     index: int
     x: Tensor
@@ -41,7 +42,8 @@ class SolverState:
 
 
 class Diffusion:
-    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps for t in 0..timesteps-1, a_t the cumulative product of 1 - beta.
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps for t in 0..timesteps-1, a_t the cumulative product of 1 -
+    beta.
 
     Args:
         schedule: "linear" (betas 1e-4..0.02 at 1000 steps) or "cosine".
@@ -74,7 +76,8 @@ class Diffusion:
         return {"eps": noise, "x0": x0, "v": signal * noise - sigma * x0}[self.prediction]
 
     def split(self, prediction: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(x0, eps) that a prediction stands for; channels beyond those of x (a learned variance) are dropped."""
+        """(x0, eps) that a prediction stands for; channels beyond those of x (a learned variance) are
+        dropped."""
         prediction = prediction[:, : x.shape[1]].to(x.dtype)
         signal, sigma = self._weights(t, x)
         if self.prediction == "eps":
@@ -84,7 +87,8 @@ class Diffusion:
         return signal * x - sigma * prediction, sigma * x + signal * prediction
 
     def solver_times(self, steps: int) -> list[int]:
-        """`steps` times from 0 to timesteps-1, evenly spaced and rounded half to even; solver index i stands at [i]."""
+        """`steps` times from 0 to timesteps-1, evenly spaced and rounded half to even; solver index i stands
+        at [i]."""
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f"Diffusion: solver steps is {steps}, accepted are 1..{self.timesteps}")
         if steps == 1:
@@ -120,8 +124,9 @@ class Diffusion:
 def guided(model: Denoiser, null_label: int, scale: float, channels: int | None = None) -> Denoiser:
     """Classifier-free guidance: null + scale * (conditional - null) on the first `channels` channels.
 
-    The public DiT guides 3 of its 4 latent channels; None guides all. The other channels of the result (the rest of
-    the latent, a learned variance) are the conditional prediction. Scale 1 calls the model once, without the null class.
+    The public DiT guides 3 of its 4 latent channels; None guides all. The other channels of the result (the
+    rest of the latent, a learned variance) are the conditional prediction. Scale 1 calls the model once,
+    without the null class.
     """
     if scale == 1:
         return model

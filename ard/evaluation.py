@@ -1,5 +1,5 @@
-"""How good samples are: Frechet distance, precision and recall in the features of some network, error against the
-teacher from the same noise."""
+"""How good samples are: Frechet distance, precision and recall in the features of some network, error against
+the teacher from the same noise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from ard.assets import ASSETS
 from ard.checkpoints import (
-    CONFIG, WEIGHTS, load_student, load_weights, read_json, read_tensors, replacing, write_json, write_tensors,
+    CONFIG, WEIGHTS, load_student, load_weights, read_json, read_tensors, replacing, write_json,
+    write_tensors,
 )  # fmt: skip
 from ard.data import DEBIAN_FOLDER, Dataset, load_images, to_uint8
 from ard.models.classifier import Classifier
@@ -57,7 +58,8 @@ def classifier_extractor(folder: Path) -> Extractor:
 
 
 def inception_extractor(weights: Path) -> Extractor:
-    """FID's Inception, through torch-fidelity, from a local file of its weights (pt_inception-2015-12-05-*.pth)."""
+    """FID's Inception, through torch-fidelity, from a local file of its weights
+    (pt_inception-2015-12-05-*.pth)."""
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: no such file; wanted are torch-fidelity's Inception weights")
     try:
@@ -83,7 +85,8 @@ def extract(extractor: Extractor, images: Tensor, batch: int = 250) -> Tensor:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Reference data in some feature space: moments (float64) of all of it, and the features of a part of it."""
+    """Reference data in some feature space: moments (float64) of all of it, and the features of a part of
+    it."""
 
     mean: Tensor
     covariance: Tensor
@@ -107,7 +110,8 @@ class Statistics:
 
 
 def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), in float64 (Heusel et al., arXiv 1706.08500, equation 6).
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), in float64 (Heusel et al., arXiv 1706.08500, equation
+    6).
 
     (A B)^(1/2) has the eigenvalues of (A^(1/2) B A^(1/2))^(1/2), which is symmetric.
     """
@@ -119,7 +123,8 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
 
 
 def _covered(points: Tensor, manifold: Tensor) -> float:
-    """Share of `points` within the radius of a point of `manifold`, its distance to its third-nearest neighbour."""
+    """Share of `points` within the radius of a point of `manifold`, its distance to its third-nearest
+    neighbour."""
     radii = torch.cat(
         [torch.cdist(part, manifold).kthvalue(_NEIGHBOURS + 1)[0] for part in manifold.split(1000)]
     )
@@ -128,7 +133,8 @@ def _covered(points: Tensor, manifold: Tensor) -> float:
 
 
 def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
-    """k-nearest-neighbour precision and recall (arXiv 1904.06991) of features (n, d), on equally many of both."""
+    """k-nearest-neighbour precision and recall (arXiv 1904.06991) of features (n, d), on equally many of
+    both."""
     n = min(len(generated), len(real))
     return _covered(generated[:n], real[:n]), _covered(real[:n], generated[:n])
 
@@ -144,7 +150,8 @@ def image_metrics(images: Tensor, extractor: Extractor, reference: Statistics) -
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Evaluate a student on recorded trajectories that it was not trained on (`ard record` with another seed)."""
+    """Evaluate a student on recorded trajectories that it was not trained on (`ard record` with another
+    seed)."""
 
     student: Path
     """Folder of the student."""
@@ -196,9 +203,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     report = {
         "features": extractor.name, "student": image_metrics(images, extractor, reference),
         "teacher": image_metrics(teacher, extractor, reference), "errors": (errors / count).tolist(),
-        "seconds_per_sample": seconds / count, "steps": student.steps, "history_layers": student.history_layers,
-        "mask": student.mask, "trained_with_the_same_noise": trained["seed"] == store.manifest["seed"],
-        "versions": versions(),
+        "seconds_per_sample": seconds / count, "steps": student.steps,
+        "history_layers": student.history_layers, "mask": student.mask,
+        "trained_with_the_same_noise": trained["seed"] == store.manifest["seed"], "versions": versions(),
     }  # fmt: skip
     write_json(config.out / "evaluation.json", report)
     pairs = torch.stack([teacher[:20], images[:20]]).flatten(0, 1).float() / 127.5 - 1
@@ -282,7 +289,8 @@ class StatisticsConfig:
     out: Path
     """The .safetensors file to write."""
     dataset: Dataset = "fashion-mnist"
-    """The images: moments over the training images, and the distance of the test images from them as a check."""
+    """The images: moments over the training images, and the distance of the test images from them as a
+    check."""
     data: Path = DEBIAN_FOLDER
     """Folder of the Fashion-MNIST files."""
     classifier: Path = ASSETS / "classifier"

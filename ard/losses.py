@@ -9,7 +9,8 @@ from ard.diffusion import Diffusion
 
 
 def denoising_loss(model: nn.Module, diffusion: Diffusion, x0: Tensor, labels: Tensor) -> Tensor:
-    """Mean squared error of the network's prediction at uniformly drawn times. x0 (B, C, h, w), labels (B,)."""
+    """Mean squared error of the network's prediction at uniformly drawn times. x0 (B, C, h, w), labels
+    (B,)."""
     noise = torch.randn_like(x0)
     t = torch.randint(diffusion.timesteps, (len(x0),), device=x0.device)
     prediction = model(diffusion.add_noise(x0, noise, t), t, labels)[:, : x0.shape[1]]

@@ -1,4 +1,5 @@
-"""The embedded default: a small Fashion-MNIST teacher, a classifier, statistics of real images (see MADE.md)."""
+"""The embedded default: a small Fashion-MNIST teacher, a classifier, statistics of real images (see
+MADE.md)."""
 
 from pathlib import Path
 

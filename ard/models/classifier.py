@@ -10,7 +10,8 @@ FEATURES = 64
 
 
 class Classifier(nn.Module):
-    """Three 3x3 convolutions with pooling, one hidden layer of 64 features, ten classes; input (n, 1, 28, 28)."""
+    """Three 3x3 convolutions with pooling, one hidden layer of 64 features, ten classes; input (n, 1, 28,
+    28)."""
 
     def __init__(self, channels: int = 32, num_classes: int = 10) -> None:
         super().__init__()

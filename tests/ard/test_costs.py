@@ -1,0 +1,108 @@
+"""The cost formulas are exact, and are the published ones."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from ard.costs import (
+    PUBLISHED, FlopsConfig, Row, count_dit, count_sampling, count_training_pass, dit_macs, published_table, run,
+    student_macs,
+)  # fmt: skip
+from ard.models import ARDTransformer, DiT
+from ard_kernels.layout import MASKS, Mask
+
+_ODD = {
+    "input_size": (16, 24),
+    "patch_size": 4,
+    "channels": 3,
+    "width": 48,
+    "depth": 3,
+    "heads": 3,
+    "mlp_ratio": 2.5,
+}
+
+
+@pytest.fixture(scope="module")
+def table() -> list[Row]:
+    return published_table()
+
+
+def _meta_dit(**options: object) -> DiT:
+    with torch.device("meta"):
+        return DiT(**{**_ODD, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_teacher_formula_is_the_count(batch: int, learn_sigma: bool) -> None:
+    dit = _meta_dit(learn_sigma=learn_sigma)
+    assert dit_macs(dit.config, batch).total == count_dit(dit, batch)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("steps", "layers"), [(1, 0), (2, 1), (3, 3), (5, 2)])
+def test_student_formula_is_both_counts(mask: Mask, steps: int, layers: int) -> None:
+    for per_step_final in (True, False):
+        student = ARDTransformer.from_teacher(_meta_dit(), steps, layers, mask, per_step_final)
+        for batch in (1, 3):
+            total = student_macs(student.config, batch).total
+            assert total == count_training_pass(student, batch) == count_sampling(student, batch)
+
+
+def test_only_the_time_embedding_is_shared_by_a_batch() -> None:
+    student = ARDTransformer.from_teacher(_meta_dit(), 3, 2)
+    one, many = student_macs(student.config, 1), student_macs(student.config, 7)
+    assert many.time == one.time == 3 * (256 + 48) * 48
+    assert many.total - many.time == 7 * (one.total - one.time)
+
+
+def test_published_costs(table: list[Row]) -> None:
+    assert [row.published for row in table] == [
+        59300, 5930, 118.6, 237.2, 238.1, 241.5, 474.4, 477.1, 477.1, 479.9, 500.2,
+    ]  # fmt: skip
+    for row in table:
+        assert row.formula == row.counted
+        assert row.formula == pytest.approx(row.published, rel=5e-3)
+
+
+def test_overhead_of_history(table: list[Row]) -> None:
+    """The paper's 1.1 %. Six extra block pairs in six layers: 6 * 6 * 2 * 256^2 * 1152 over four evaluations."""
+    (row,) = (r for r in table if (r.steps, r.history_layers, r.mask) == (4, 6, "causal"))
+    (without,) = (r for r in table if (r.steps, r.history_layers) == (4, 0))
+    assert row.overhead_percent == pytest.approx(
+        100 * 6 * 6 * 2 * 256**2 * 1152 / (without.formula * 1e9), rel=1e-12
+    )
+    assert row.overhead_percent == pytest.approx(1.145, abs=1e-3)
+    assert all(r.overhead_percent == 0 for r in table if r.history_layers == 0)
+
+
+def test_more_history_costs_more() -> None:
+    dit = _meta_dit()
+    costs = [student_macs(ARDTransformer.from_teacher(dit, 4, n).config).total for n in range(4)]
+    assert all(a < b for a, b in pairwise(costs))
+
+
+def test_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(FlopsConfig(out=tmp_path / "new" / "flops.json"))
+    printed = capsys.readouterr().out
+    assert all(f"{row.gmacs:.1f}" in printed for row in PUBLISHED)
+    written = json.loads((tmp_path / "new" / "flops.json").read_text())
+    assert len(written["published_table"]) == len(PUBLISHED)
+    assert written["model"]["macs"]["total"] == written["model"]["counted"]["sampling"]
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["flops.json"]
+
+
+def test_command_for_another_model(capsys: pytest.CaptureFixture[str]) -> None:
+    run(FlopsConfig(model="DiT-S/8", steps=2, history_layers=3))
+    printed = capsys.readouterr().out
+    assert "DiT-S/8" in printed and "59300" not in printed
+
+
+def test_unknown_model_is_named() -> None:
+    with pytest.raises(ValueError, match="model is 'DiT-M/2'"):
+        run(FlopsConfig(model="DiT-M/2"))
