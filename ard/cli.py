@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Annotated[config, tyro.conf.subcommand(name, prefix_name=False)]
         for name, (config, _) in _COMMANDS.items()
     )
-    config = tyro.cli(
-        Union[choices],  # type: ignore[arg-type]  # noqa: UP007  made at run time
+    config = tyro.cli(  # type: ignore[call-overload]
+        Union[choices],  # noqa: UP007  made at run time
         prog="ard",
         description="AutoRegressive Distillation of diffusion transformers (arXiv 2504.11295).",
         args=arguments,

@@ -76,8 +76,7 @@ def _tokens(config: dict[str, Any]) -> int:
 
 
 def _macs(config: dict[str, Any], batch: int, states: int, times: int, attention: int, outputs: int) -> Macs:
-    """`states` in all samples together, `times` rows of the time embedding, `attention` of one sample, all
-    layers."""
+    """`states` in all samples together, `times` rows of time embedding, `attention` of a sample's layers."""
     width, depth, pixels = config["width"], config["depth"], config["patch_size"] ** 2
     tokens = states * _tokens(config)
     return Macs(
@@ -244,9 +243,7 @@ def run(config: FlopsConfig) -> None:
         raise ValueError(f"ard flops: model is {config.model!r}, accepted are {', '.join(PRESETS)}")
     rows = published_table() if config == FlopsConfig(out=config.out) else []
     if rows:
-        print(
-            "10^9 multiply-accumulates a sample, DiT-XL/2 at 256 px (the published column calls them GFLOPs)\n"
-        )
+        print('10^9 multiply-accumulates a sample, DiT-XL/2 at 256 px (published as "GFLOPs")\n')
         print(format_table(rows), end="\n\n")
     with torch.device("meta"):
         teacher = DiT.from_preset(config.model, config.input_size)
@@ -263,8 +260,10 @@ def run(config: FlopsConfig) -> None:
           f"{counted['sampling'] / 1e9:.2f} in sampling; one evaluation of the teacher "
           f"{dit_macs(teacher.config).total / 1e9:.2f}")  # fmt: skip
     if config.out is not None:
-        model = {**asdict(config), "out": None, "macs": {**asdict(macs), "total": macs.total}, "counted": counted,
-                 "overhead_percent": overhead}  # fmt: skip
+        model = {
+            **asdict(config), "out": None, "macs": {**asdict(macs), "total": macs.total}, "counted": counted,
+            "overhead_percent": overhead,
+        }  # fmt: skip
         _write(config.out, {"model": model, "published_table": [asdict(row) for row in rows]})
 
 

@@ -4,6 +4,8 @@ absent."""
 from __future__ import annotations
 
 import gzip
+import math
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -46,13 +48,17 @@ class Images:
 
 def _idx(path: Path, magic: int) -> np.ndarray:
     """An idx file of bytes: big-endian magic number, dimensions, data."""
-    with gzip.open(path) as file:
-        raw = file.read()
+    try:
+        with gzip.open(path) as file:
+            raw = file.read()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a complete gzip file ({error})") from None
     if int.from_bytes(raw[:4], "big") != magic:
         raise ValueError(f"{path}: magic number is {raw[:4].hex()}, accepted is {magic:08x}")
     rank = magic & 0xFF
-    shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", rank, offset=4))
-    if len(raw) != 4 + 4 * rank + int(np.prod(shape)):
+    header = raw[4 : 4 + 4 * rank]
+    shape = tuple(int.from_bytes(header[i : i + 4], "big") for i in range(0, len(header), 4))
+    if len(header) != 4 * rank or len(raw) != 4 + 4 * rank + math.prod(shape):
         raise ValueError(f"{path}: truncated, {len(raw)} bytes for shape {shape}")
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
@@ -68,8 +74,16 @@ def load_images(dataset: Dataset, train: bool, folder: Path = DEBIAN_FOLDER) -> 
                     f"{path}: no such file; Fashion-MNIST is the Debian package dataset-fashion-mnist, "
                     "elsewhere download its four files and name their folder, or use --dataset digits"
                 )
-        pixels = torch.from_numpy(_idx(pixels_path, 0x803).copy()).float().unsqueeze(1) / 127.5 - 1
-        return Images(pixels, torch.from_numpy(_idx(labels_path, 0x801).astype(np.int64)))
+        raw, classes = _idx(pixels_path, 0x803), _idx(labels_path, 0x801)
+        if raw.shape[1:] != (28, 28) or not len(raw):
+            raise ValueError(f"{pixels_path}: shape is {raw.shape}, accepted is one or more images of 28x28")
+        if classes.shape != raw.shape[:1] or classes.max() > 9:
+            raise ValueError(
+                f"{labels_path}: {len(classes)} labels for {len(raw)} images, the largest {classes.max()}; "
+                "accepted is one per image in 0..9"
+            )
+        pixels = torch.from_numpy(raw.copy()).float().unsqueeze(1) / 127.5 - 1
+        return Images(pixels, torch.from_numpy(classes.astype(np.int64)))
     if dataset == "digits":
         from sklearn.datasets import load_digits
 

@@ -119,7 +119,11 @@ def demo(config: DemoConfig) -> None:
     for folder, count, seed in ((config.out / "trajectories", config.samples, config.seed),
                                 (held_out, config.held_out, config.seed + 1)):  # fmt: skip
         size = -(-count // 4) if count > 400 else count  # a stopped recording loses at most a quarter
-        record(RecordConfig(config.teacher, folder, samples=count, shard_size=size, seed=seed))
+        record(
+            RecordConfig(
+                config.teacher, folder, samples=count, shard_size=size, precision="bf16", seed=seed
+            )
+        )
     names = {"step distillation (N=0)": 0, f"ARD (N={config.history_layers})": config.history_layers}
     runs = {name: config.out / ("ard" if layers else "step-distillation") for name, layers in names.items()}
     for name, layers in names.items():

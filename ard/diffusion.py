@@ -47,7 +47,8 @@ class Diffusion:
 
     Args:
         schedule: "linear" (betas 1e-4..0.02 at 1000 steps) or "cosine".
-        prediction: what the network's first C output channels are: "eps", "x0", or "v" = sqrt(a) eps - sqrt(1-a) x_0.
+        prediction: what the network's first C output channels are: "eps", "x0", or
+            "v" = sqrt(a) eps - sqrt(1-a) x_0.
         timesteps: the number of training times.
     """
 
@@ -106,18 +107,15 @@ class Diffusion:
             times: ascending, see `solver_times`.
 
         Yields:
-            before each step, x at times[i] and the x0-prediction made there, for i = len(times)-1 .. 0; last the
-            result, as index -1 without a prediction.
+            before each step, x at times[i] and the x0-prediction made there, for i = len(times)-1 .. 0; last
+            the result, as index -1 without a prediction.
         """
         x = noise
         for i in reversed(range(len(times))):
             t = torch.full((len(x),), times[i], device=x.device)
             x0, eps = self.split(denoise(x, t, labels), x, t)
             yield SolverState(i, x, x0)
-            if i:
-                x = self.add_noise(x0, eps, torch.full_like(t, times[i - 1]))
-            else:
-                x = x0
+            x = self.add_noise(x0, eps, torch.full_like(t, times[i - 1])) if i else x0
         yield SolverState(-1, x, None)
 
 

@@ -16,9 +16,16 @@ from tqdm import tqdm
 
 from ard.assets import ASSETS
 from ard.checkpoints import (
-    CONFIG, WEIGHTS, load_student, load_weights, read_json, read_tensors, replacing, write_json,
+    CONFIG,
+    WEIGHTS,
+    load_student,
+    load_weights,
+    read_json,
+    read_tensors,
+    replacing,
+    write_json,
     write_tensors,
-)  # fmt: skip
+)
 from ard.data import DEBIAN_FOLDER, Dataset, load_images, to_uint8
 from ard.models.classifier import Classifier
 from ard.pictures import image_grid, save_png
@@ -242,7 +249,7 @@ class TrainClassifierConfig:
             weight_decay=0.01,
             ema=0.99,
             sample_every=0,
-        )  # fmt: skip
+        )
     )
     """How the weights are optimised."""
 

@@ -14,7 +14,8 @@ def denoising_loss(model: nn.Module, diffusion: Diffusion, x0: Tensor, labels: T
     noise = torch.randn_like(x0)
     t = torch.randint(diffusion.timesteps, (len(x0),), device=x0.device)
     prediction = model(diffusion.add_noise(x0, noise, t), t, labels)[:, : x0.shape[1]]
-    return (prediction.float() - diffusion.target(x0, noise, t)).square().mean()
+    loss: Tensor = (prediction.float() - diffusion.target(x0, noise, t)).square().mean()
+    return loss
 
 
 def trajectory_loss(model: nn.Module, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

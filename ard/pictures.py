@@ -13,7 +13,7 @@ from ard.data import to_uint8
 
 
 def image_grid(pixels: Tensor, columns: int, gap: int = 2) -> Tensor:
-    """(n, C, h, w) in [-1, 1], row by row -> (H, W) uint8, or (H, W, 3) if C is 3 or more (the first three channels)."""
+    """(n, C, h, w) in [-1, 1], row by row -> (H, W) uint8; (H, W, 3) of the first 3 channels if C >= 3."""
     images = to_uint8(pixels.detach().cpu())
     channels = 3 if images.shape[1] >= 3 else 1
     images = images[:, :channels]

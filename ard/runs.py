@@ -111,9 +111,11 @@ class Run:
         return step, groups
 
     def open_log(self, step: int) -> None:
-        """Logs start after `step`: what a killed run logged beyond its last checkpoint is dropped."""
+        """Logs start after `step`: what a killed run logged beyond its last checkpoint, or left half written, goes."""
         if not self.main:
             return
+        for remains in self.folder.rglob(".*.tmp"):  # see `replacing`
+            shutil.rmtree(remains) if remains.is_dir() else remains.unlink(missing_ok=True)
         path = self.folder / "log.jsonl"
         kept = [line for line in read_log(self.folder) if line["step"] <= step]
         with replacing(path) as temporary:

@@ -27,8 +27,8 @@ def sample(student: ARDTransformer, noise: Tensor, labels: Tensor) -> Tensor:
     Returns:
         (B, S, C, h, w) in the dtype of the noise: states 1..S. path[:, -1] is the result.
 
-    The history layers keep keys and values of earlier steps, in the autocast dtype where there is one, else in the
-    dtype of the weights.
+    The history layers keep keys and values of earlier steps, in the autocast dtype where there is one, else
+    in the dtype of the weights.
     """
     expected = (student.channels, *student.input_size)
     if noise.dim() != 4 or tuple(noise.shape[1:]) != expected:

@@ -1,8 +1,8 @@
 """The training loop, and the two things it trains: a teacher on images, a student on trajectories.
 
-Everything random is a function of (seed, step, rank): the order of the data, the noise, the times. A checkpoint is
-therefore complete with the weights, their moving average, the optimiser's moments and the step, and a run that goes on
-from it computes what an uninterrupted run would have computed.
+Everything random is a function of (seed, step, rank): the order of the data, the noise, the times. A
+checkpoint is therefore complete with the weights, their moving average, the optimiser's moments and the step,
+and a run that goes on from it computes what an uninterrupted run would have computed.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def learning_rate(o: Optimisation, step: int) -> float:
 
 
 class _EMA:
-    """Moving average of the weights, float32. It starts as their copy; early decay is lower, so that it forgets it."""
+    """Moving average of the weights, float32. It starts as their copy, which a lower early decay forgets."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -141,9 +141,6 @@ def fit(
         The state dict with averaged weights.
     """
     share = o.batch_size // (accelerator.num_processes * o.accumulate)
-    if share * accelerator.num_processes * o.accumulate != o.batch_size:
-        raise ValueError(f"batch_size is {o.batch_size}, accepted are multiples of processes x accumulate "
-                         f"({accelerator.num_processes} x {o.accumulate})")  # fmt: skip
     trained = [p for p in model.parameters() if p.requires_grad]
     fused = accelerator.device.type in ("cpu", "cuda")
     optimiser: Any = torch.optim.AdamW(
@@ -155,7 +152,8 @@ def fit(
     if (found := run.load_checkpoint()) is not None:
         start, groups = found
         load_weights(model, groups["model"], run.folder)
-        ema.average = {name: value.to(accelerator.device) for name, value in groups["ema"].items()}
+        # In the order of the weights: `update` pairs them by position, and a file lists its tensors by name.
+        ema.average = {name: groups["ema"][name].to(accelerator.device) for name in ema.source}
         _load_optimiser(optimiser, groups["optimiser"])
     bare = model
     if o.compile:
@@ -168,7 +166,7 @@ def fit(
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(o, step)
         torch.manual_seed(hash((o.seed, step, accelerator.process_index)))
-        total, terms = 0.0, torch.zeros(())
+        total, terms = torch.zeros(()), torch.zeros(())
         order = shuffled(step * o.batch_size, o.batch_size, size, o.seed)
         parts = order.view(o.accumulate, accelerator.num_processes, share)[:, accelerator.process_index]
         for i, indices in enumerate(parts):
@@ -184,12 +182,13 @@ def fit(
         ema.update(step)
         done = step + 1
         bar.update()
-        if done % o.log_every == 0 or done == o.iterations:
-            value = float(total)
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"{run.folder}: the loss is {value} at step {done}; try a lower --lr or --clip"
-                )
+        logs, keeps = (
+            done % every == 0 or done == o.iterations for every in (o.log_every, o.checkpoint_every)
+        )
+        value = float(total) if logs or keeps else 0.0  # on a GPU, reading it waits for the step
+        if not math.isfinite(value):
+            raise ValueError(f"{run.folder}: the loss is {value} at step {done}; try a lower --lr or --clip")
+        if logs:
             bar.set_postfix(loss=f"{value:.4f}")
             run.log(done, {"loss": value, "terms": terms.tolist(), "norm": float(norm),
                            "lr": learning_rate(o, step)})  # fmt: skip
@@ -197,7 +196,7 @@ def fit(
             picture = _with_weights(bare, ema, preview)
             save_png(run.folder / "samples" / f"step-{done:08d}.png", picture)
             run.log_image(done, "samples", picture)
-        if run.main and (done % o.checkpoint_every == 0 or done == o.iterations):
+        if run.main and keeps:
             groups = {
                 "model": bare.state_dict(),
                 "ema": ema.average,
@@ -224,7 +223,27 @@ def _with_weights(model: nn.Module, ema: _EMA, use: Callable[[nn.Module], Tensor
 
 
 def accelerator_for(o: Optimisation) -> Accelerator:
-    return Accelerator(mixed_precision=o.precision, cpu=not torch.cuda.is_available())
+    """The processes and the precision to train with; options that cannot work are an error here, before any file."""
+    for name in (
+        "iterations",
+        "batch_size",
+        "accumulate",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+    ):
+        if getattr(o, name) < 1:
+            raise ValueError(f"{name} is {getattr(o, name)}, accepted is an integer >= 1")
+    for name in ("lr", "warmup", "weight_decay", "clip", "sample_every"):
+        if not 0 <= getattr(o, name) < math.inf:
+            raise ValueError(f"{name} is {getattr(o, name)}, accepted is a finite number >= 0")
+    if not 0 <= o.ema < 1:
+        raise ValueError(f"ema is {o.ema}, accepted is a decay in [0, 1)")
+    accelerator = Accelerator(mixed_precision=o.precision, cpu=not torch.cuda.is_available())
+    if o.batch_size % (accelerator.num_processes * o.accumulate):
+        raise ValueError(f"batch_size is {o.batch_size}, accepted are multiples of processes x accumulate "
+                         f"({accelerator.num_processes} x {o.accumulate})")  # fmt: skip
+    return accelerator
 
 
 @dataclass(frozen=True)
@@ -232,7 +251,7 @@ class TrainTeacherConfig:
     """Train a small pixel-space DiT on images, as a teacher to distil."""
 
     out: Path
-    """Folder of the run. The teacher is written to its subfolder `teacher`. A run that is there is continued."""
+    """Folder of the run. The teacher goes to its subfolder `teacher`. A run that is there is continued."""
     dataset: Dataset = "fashion-mnist"
     """The images."""
     data: Path = DEBIAN_FOLDER
@@ -309,7 +328,8 @@ def train_teacher(config: TrainTeacherConfig) -> None:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """The regression stage: a student that predicts every next state of recorded trajectories from all earlier ones.
+    """The regression stage: a student that predicts every next state of recorded trajectories from all
+    earlier ones.
 
     history_layers 0 is step distillation, steps 1 is knowledge distillation.
     """
@@ -319,7 +339,7 @@ class DistillConfig:
     trajectories: Path
     """Folder that `ard record` wrote."""
     out: Path
-    """Folder of the run. The student is written to its subfolder `student`. A run that is there is continued."""
+    """Folder of the run. The student goes to its subfolder `student`. A run that is there is continued."""
     steps: int = 4
     """S, the student's steps."""
     history_layers: int = 6

@@ -1,10 +1,11 @@
 """Recording a teacher's trajectories, and reading them for training.
 
-A store is a folder: manifest.json says what was recorded and how; shard-000000.safetensors and on hold `shard_size`
-samples each, with a sha256 beside them. Solver positions count down from `solver_steps` (the noise) to 0 (the result);
-at position i between them stand x_t and the prediction of the clean image at the solver's i-th time.
+A store is a folder: manifest.json says what was recorded and how; shard-000000.safetensors and on hold
+`shard_size` samples each, with a sha256 beside them. Solver positions count down from `solver_steps` (the
+noise) to 0 (the result); at position i between them stand x_t and the prediction of the clean image at the
+solver's i-th time.
 
-    noise (n, C, h, w)   xt, x0 (n, K, C, h, w), at the K kept positions, descending   final (n, C, h, w)   labels (n,)
+    noise, final (n, C, h, w)   xt, x0 (n, K, C, h, w), at the K kept positions, descending   labels (n,)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,18 +32,19 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 # The grids of the released recipe, of 25 solver steps (research: S = 1, 2, 4, 5).
 _RELEASED = {1: (25, 0), 2: (25, 10, 0), 4: (25, 15, 10, 5, 0), 5: (25, 20, 15, 10, 5, 0)}
 _OPEN_SHARDS = 64
+_LABEL = "recording"
 
 
 @dataclass(frozen=True)
 class RecordConfig:
-    """Record a teacher's trajectories. A store that is there is continued; any number of processes may share the work."""
+    """Record a teacher's trajectories. A store that is there is continued; processes may share the work."""
 
     teacher: Path
     """Folder of the teacher."""
     out: Path
     """Folder of the store."""
     samples: int = 6000
-    """How many trajectories. Sample i has class i mod num_classes, and noise that is a function of (seed, i)."""
+    """How many trajectories. Sample i has class i mod num_classes, its noise depends on (seed, i) alone."""
     solver_steps: int = 25
     """Steps of deterministic DDIM."""
     guidance: float = 1.5
@@ -56,6 +59,8 @@ class RecordConfig:
     """Samples per file."""
     batch_size: int = 100
     """Samples per pass of the solver."""
+    precision: Literal["no", "bf16"] = "no"
+    """Autocast dtype of the teacher ("no": float32); the solver itself is float32."""
     seed: int = 0
     """Seed of the noise."""
 
@@ -78,9 +83,30 @@ def _shard(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:06d}.safetensors"
 
 
-def _is_whole(path: Path) -> bool:
+def _label(identity: str, first: int) -> str:
+    """What a shard says of itself, under one key: safetensors writes several in an order that changes."""
+    return f"samples from {first} on of manifest {identity}"
+
+
+def _problem(path: Path, identity: str, first: int) -> str | None:
+    """What is wrong, if anything, with the shard that starts at sample `first` of this manifest's recording."""
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            label = (file.metadata() or {}).get(_LABEL)
+    except (SafetensorError, OSError) as error:
+        return f"truncated or not safetensors ({error})"
+    if label != _label(identity, first):
+        return (
+            f"belongs to another recording or place: it holds {label}, wanted are {_label(identity, first)}"
+        )
     checksum = path.with_suffix(".sha256")
-    return path.is_file() and checksum.is_file() and sha256(path) == checksum.read_text().strip()
+    if not checksum.is_file():
+        return f"{checksum.name} is missing, so its bytes cannot be checked"
+    return (
+        None
+        if sha256(path) == checksum.read_text().strip()
+        else f"corrupt, its bytes do not match {checksum.name}"
+    )
 
 
 @torch.no_grad()
@@ -96,12 +122,14 @@ def record(config: RecordConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     kept, times = _kept(config), diffusion.solver_times(config.solver_steps)
+    shape = (model.channels, *model.input_size)
     manifest = {
         "format": _FORMAT, "teacher": sha256(config.teacher / WEIGHTS), "diffusion": diffusion.config,
         "solver": "ddim", "solver_steps": config.solver_steps, "times": times, "guidance": config.guidance,
         "guided_channels": config.guided_channels, "kept": list(kept), "dtype": config.dtype,
-        "shape": [model.channels, *model.input_size], "num_classes": model.num_classes, "samples": config.samples,
-        "shard_size": config.shard_size, "batch_size": config.batch_size, "seed": config.seed,
+        "shape": list(shape), "num_classes": model.num_classes,
+        "samples": config.samples, "shard_size": config.shard_size, "batch_size": config.batch_size,
+        "precision": config.precision, "seed": config.seed,
     }  # fmt: skip
     path = config.out / "manifest.json"
     if path.exists():
@@ -117,18 +145,19 @@ def record(config: RecordConfig) -> None:
         write_json(path, manifest)
     identity = sha256(path)
     dtype = _DTYPES[config.dtype]
-    denoise = guided(model, model.num_classes, config.guidance, config.guided_channels)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    denoise = autocast(guided(model, model.num_classes, config.guidance, config.guided_channels))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     shards = range(rank, -(-config.samples // config.shard_size), world)
     with tqdm(total=config.samples, desc="record", unit="sample", disable=rank > 0, mininterval=1.0) as bar:
         for shard in shards:
             first = shard * config.shard_size
             indices = torch.arange(first, min(first + config.shard_size, config.samples))
-            if not _is_whole(_shard(config.out, shard)):
+            if _problem(_shard(config.out, shard), identity, first) is not None:
                 parts = []
                 for some in indices.split(config.batch_size):
                     # The teacher starts from the noise as it is stored.
-                    noise = index_noise(some, tuple(manifest["shape"]), config.seed).to(dtype)
+                    noise = index_noise(some, shape, config.seed).to(dtype)
                     labels = some % model.num_classes
                     states = {
                         state.index: state
@@ -146,9 +175,7 @@ def record(config: RecordConfig) -> None:
                     bar.update(len(some) * min(world, len(shards)))
                 joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
                 target = _shard(config.out, shard)
-                write_tensors(
-                    target, joined, {"manifest": identity, "first": str(first), "count": str(len(indices))}
-                )
+                write_tensors(target, joined, {_LABEL: _label(identity, first)})
                 write_text(target.with_suffix(".sha256"), sha256(target) + "\n")
             else:
                 bar.update(len(indices))
@@ -159,8 +186,8 @@ def record(config: RecordConfig) -> None:
 class TrajectoryStore:
     """Recorded trajectories, read by sample index.
 
-    Every shard is checked when it is first used: that it is whole, that it is of this store, that its bytes are those
-    that were written. Shards are mapped into memory, the most recently used ones stay open.
+    Every shard is checked when it is first used: that it is whole, that it is of this store, that its bytes
+    are those that were written. Shards are mapped into memory, the most recently used ones stay open.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -171,15 +198,17 @@ class TrajectoryStore:
                 f"{folder}: no manifest.json there; accepted is a folder written by `ard record`"
             )
         self.manifest: dict[str, Any] = read_json(path)
-        if self.manifest.get("format") != _FORMAT:
-            raise ValueError(f"{path}: format is {self.manifest.get('format')!r}, accepted is {_FORMAT}")
+        found = self.manifest.get("format") if isinstance(self.manifest, dict) else None
+        if found != _FORMAT:
+            raise ValueError(f"{path}: format is {found!r}, accepted is {_FORMAT}")
         self._identity = sha256(path)
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._checked: set[int] = set()
         size = self.manifest["shard_size"]
         missing = [i for i in range(-(-len(self) // size)) if not _shard(folder, i).is_file()]
         if missing:
-            raise ValueError(f"{folder}: {len(missing)} shards are missing, first {_shard(folder, missing[0]).name}; "
+            raise ValueError(f"{folder}: {len(missing)} shards are missing, first "
+                             f"{_shard(folder, missing[0]).name}; "
                              "run the same `ard record` again to complete it")  # fmt: skip
 
     def __len__(self) -> int:
@@ -216,10 +245,10 @@ class TrajectoryStore:
         if asked is None:
             even = [top * (steps - s) / steps for s in range(steps + 1)]
             asked = tuple(min(available, key=lambda i: abs(i - e)) for e in even)
-        descending = all(a > b for a, b in zip(asked, asked[1:], strict=False))
+        descending = all(a > b for a, b in pairwise(asked))
         if len(asked) != steps + 1 or asked[0] != top or asked[-1] != 0 or not descending:
-            raise ValueError(f"grid is {asked}, accepted are {steps + 1} (steps + 1) descending positions from {top} "
-                             f"to 0; {self.folder} kept {available}")  # fmt: skip
+            raise ValueError(f"grid is {asked}, accepted are {steps + 1} (steps + 1) descending positions "
+                             f"from {top} to 0; {self.folder} kept {available}")  # fmt: skip
         if absent := sorted(set(asked) - set(available)):
             raise ValueError(f"grid: positions {absent} were not kept in {self.folder}; it has {available}")
         return asked
@@ -229,25 +258,18 @@ class TrajectoryStore:
             self._open.move_to_end(shard)
             return self._open[shard]
         path = _shard(self.folder, shard)
-        try:
-            file = safe_open(path, framework="pt").__enter__()
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: truncated or not safetensors ({error})") from None
         if shard not in self._checked:
-            if (file.metadata() or {}).get("manifest") != self._identity:
-                raise ValueError(f"{path}: belongs to another recording than {self.folder / 'manifest.json'}")
-            if not _is_whole(path):
-                raise ValueError(
-                    f"{path}: corrupt, its bytes do not match {path.with_suffix('.sha256').name}"
-                )
+            if problem := _problem(path, self._identity, shard * self.manifest["shard_size"]):
+                raise ValueError(f"{path}: {problem}; run the same `ard record` again to replace it")
             self._checked.add(shard)
+        file = safe_open(path, framework="pt").__enter__()  # type: ignore[no-untyped-call]
         self._open[shard] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
         if len(self._open) > _OPEN_SHARDS:
             self._open.popitem(last=False)
         return self._open[shard]
 
     def states(self, indices: Tensor, grid: tuple[int, ...], state: State) -> tuple[Tensor, Tensor]:
-        """(n, S+1, C, h, w) float32, the states of samples `indices` at the positions of `grid`; and (n,) labels."""
+        """(n, S+1, C, h, w) float32, the states of `indices` at the positions of `grid`; and (n,) labels."""
         kept, size = self.manifest["kept"], self.manifest["shard_size"]
         paths, labels = [], []
         for index in indices.tolist():

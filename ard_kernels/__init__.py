@@ -1,5 +1,5 @@
-"""Kernels for training and sampling ARD students: attention between blocks of tokens, and adaLN with one modulation
-row per block."""
+"""Kernels for training and sampling ARD students: attention between blocks of tokens, and adaLN with one
+modulation row per block."""
 
 from ard_kernels import flops as _flops  # noqa: F401  registers the FLOP formulas
 from ard_kernels.adaln import adaln, gated_residual, gated_residual_adaln

@@ -1,7 +1,7 @@
 """Time-conditioned adaLN: argument checks, operator registration, autograd and backend choice.
 
-Modulation tables have one row per block, (B, S, D): S == T is per-token conditioning, S == 1 per-sample. Each sample's
-row s serves every token of block s, so a table is S/T of the size of what it modulates.
+Modulation tables have one row per block, (B, S, D): S == T is per-token conditioning, S == 1 per-sample. Each
+sample's row s serves every token of block s, so a table is S/T of the size of what it modulates.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, layout: BlockLayout, eps: flo
         eps: added to the variance.
 
     Returns:
-        (B, T, D) in the dtype of x, or in the autocast dtype under autocast (what the next linear layer wants).
+        (B, T, D) in the dtype of x, under autocast in its dtype (what the next linear layer wants).
         Differentiable in x, shift and scale. Arithmetic is at least float32. The definition is
         `ard_kernels.reference.adaln`; DiT, arXiv 2212.09748, section 3.2 (adaLN-Zero).
 
@@ -71,8 +71,8 @@ def gated_residual_adaln(
 ) -> tuple[Tensor, Tensor]:
     """`gated_residual` and `adaln` of its result in one pass: (x + gate * branch, adaLN of that).
 
-    Arguments, errors and dtypes are those of the two functions. The statistics are those of the residual as it is
-    stored, after rounding. The definition is `ard_kernels.reference.gated_residual_adaln`.
+    Arguments, errors and dtypes are those of the two functions. The statistics are those of the residual as
+    it is stored, after rounding. The definition is `ard_kernels.reference.gated_residual_adaln`.
     """
     _check("gated_residual_adaln", x, layout, branch, gate=gate, shift=shift, scale=scale)
     x, y, _, _ = _gated_residual_adaln(
@@ -130,7 +130,10 @@ def _adaln(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y and, for the backward, mean and reciprocal standard deviation, float32 (B, T)."""
-    return _BACKENDS[backend].adaln_forward(x, shift, scale, BlockLayout(lengths), eps, out_dtype)
+    results: tuple[Tensor, Tensor, Tensor] = _BACKENDS[backend].adaln_forward(
+        x, shift, scale, BlockLayout(lengths), eps, out_dtype
+    )
+    return results
 
 
 @_adaln.register_fake
@@ -151,8 +154,11 @@ def _adaln_backward(
     dy: Tensor, dx_residual: Tensor | None, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
     lengths: Sequence[int], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, shift and scale; `dx_residual` is what x receives from elsewhere, added in the same pass."""
-    return _BACKENDS[backend].adaln_backward(dy, dx_residual, x, scale, mean, rstd, BlockLayout(lengths))
+    """Gradients of x, shift and scale; `dx_residual` is x's gradient from elsewhere, added on the way."""
+    results: tuple[Tensor, Tensor, Tensor] = _BACKENDS[backend].adaln_backward(
+        dy, dx_residual, x, scale, mean, rstd, BlockLayout(lengths)
+    )
+    return results
 
 
 @_adaln_backward.register_fake
@@ -179,7 +185,8 @@ _adaln.register_autograd(_adaln_grad, setup_context=_adaln_setup)
 
 @torch.library.custom_op("ard_kernels::gated_residual", mutates_args=())
 def _gated_residual(x: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str) -> Tensor:
-    return _BACKENDS[backend].gated_residual_forward(x, branch, gate, BlockLayout(lengths))
+    results: Tensor = _BACKENDS[backend].gated_residual_forward(x, branch, gate, BlockLayout(lengths))
+    return results
 
 
 @_gated_residual.register_fake
@@ -192,7 +199,10 @@ def _gated_residual_backward(
     dx: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of branch and gate; that of x is `dx` itself."""
-    return _BACKENDS[backend].gated_residual_backward(dx, branch, gate, BlockLayout(lengths))
+    results: tuple[Tensor, Tensor] = _BACKENDS[backend].gated_residual_backward(
+        dx, branch, gate, BlockLayout(lengths)
+    )
+    return results
 
 
 @_gated_residual_backward.register_fake
@@ -220,9 +230,10 @@ def _gated_residual_adaln(
     out_dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     layout = BlockLayout(lengths)
-    return _BACKENDS[backend].gated_residual_adaln_forward(
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = _BACKENDS[backend].gated_residual_adaln_forward(
         x, branch, gate, shift, scale, layout, eps, out_dtype
     )
+    return results
 
 
 @_gated_residual_adaln.register_fake
@@ -235,20 +246,21 @@ def _(
 
 @torch.library.custom_op("ard_kernels::gated_residual_adaln_backward", mutates_args=())
 def _gated_residual_adaln_backward(
-    dx: Tensor, dy: Tensor, x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
-    lengths: Sequence[int], backend: str,
+    dx: Tensor, dy: Tensor, x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor,
+    rstd: Tensor, lengths: Sequence[int], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """x is the forward's residual output. Gradients of the forward's x, branch, gate, shift and scale."""
     layout = BlockLayout(lengths)
-    return _BACKENDS[backend].gated_residual_adaln_backward(
+    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _BACKENDS[backend].gated_residual_adaln_backward(
         dx, dy, x, branch, gate, scale, mean, rstd, layout
     )
+    return results
 
 
 @_gated_residual_adaln_backward.register_fake
 def _(
-    dx: Tensor, dy: Tensor, x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
-    lengths: Sequence[int], backend: str,
+    dx: Tensor, dy: Tensor, x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor,
+    rstd: Tensor, lengths: Sequence[int], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _like(x), _like(branch), _like(gate), _like(scale), _like(scale)
 

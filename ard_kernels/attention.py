@@ -1,7 +1,8 @@
 """Attention between blocks of tokens: argument checks, operator registration, autograd and backend choice.
 
-There is one operator, `ard_kernels::block_attention`, for the one-pass form (``block = -1``: q holds every block) and
-for one step of sampling with a KV cache (``block = s``: q holds block s, k and v are caches of the whole sequence).
+There is one operator, `ard_kernels::block_attention`, for the one-pass form (``block = -1``: q holds every
+block) and for one step of sampling with a KV cache (``block = s``: q holds block s, k and v are caches of the
+whole sequence).
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ def block_attention(
     """Attention in which the tokens of one block see all tokens of the blocks that `mask` names.
 
     Args:
-        q, k, v: (B, T, H, Dh), T = layout.total, one floating dtype; any strides (slices of a packed qkv included).
+        q, k, v: (B, T, H, Dh), T = layout.total, one floating dtype; any strides (slices of a packed qkv
+            included).
         layout: the blocks.
         mask: "causal" (blocks 0..i), "diagonal" (block i), "window" (i-1 and i) or "anchor" (0 and i).
         scale: factor on q k^T; None is Dh ** -0.5.
 
     Returns:
-        (B, T, H, Dh) in the dtype of q; under autocast inputs are cast to the autocast dtype. Differentiable in q, k
-        and v. The definition is `ard_kernels.reference.block_attention`; masks M1-M4 of ARD (arXiv 2504.11295).
+        (B, T, H, Dh) in the dtype of q; under autocast inputs are cast to the autocast dtype.
+        Differentiable in q, k and v. The definition is `ard_kernels.reference.block_attention`; masks M1-M4
+        of ARD (arXiv 2504.11295).
 
     Raises:
         ValueError: a shape, dtype, device, layout or mask that does not fit; the message names it.
     """
-    _check("block_attention", q, k, v, layout, mask, queries=layout.total)
+    _check("block_attention", layout, mask, None, q=q, k=k, v=v)
     return _call(q, k, v, layout, mask, scale, -1)
 
 
@@ -54,18 +57,14 @@ def cached_block_attention(
 
     Args:
         q: (B, L_block, H, Dh), the queries of `block`.
-        k_cache, v_cache: (B, T, H, Dh). Rows of blocks that `mask` hides, later blocks above all, are never read;
-            the caller has written the rows of `block` itself.
+        k_cache, v_cache: (B, T, H, Dh). Rows of blocks that `mask` hides, later blocks above all, are never
+            read; the caller has written the rows of `block` itself.
         block: 0..S-1. layout, mask, scale: as in `block_attention`.
 
     Returns:
         (B, L_block, H, Dh) in the dtype of q; differentiable in q and in both caches (zero in hidden rows).
     """
-    if not 0 <= block < layout.blocks:
-        raise ValueError(
-            f"cached_block_attention: block is {block}, layout has blocks 0..{layout.blocks - 1}"
-        )
-    _check("cached_block_attention", q, k_cache, v_cache, layout, mask, queries=layout.lengths[block])
+    _check("cached_block_attention", layout, mask, block, q=q, k_cache=k_cache, v_cache=v_cache)
     return _call(q, k_cache, v_cache, layout, mask, scale, block)
 
 
@@ -81,12 +80,17 @@ def _call(
     return cast(Tensor, out)
 
 
-def _check(name: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, mask: str, queries: int) -> None:
+def _check(name: str, layout: BlockLayout, mask: str, block: int | None, **tensors: Tensor) -> None:
     if not isinstance(layout, BlockLayout):
         raise ValueError(f"{name}: layout is {type(layout).__name__}, accepted is BlockLayout")
     check_mask(mask, name)
+    if block is not None and not (isinstance(block, int) and 0 <= block < layout.blocks):
+        raise ValueError(f"{name}: block is {block}, layout has blocks 0..{layout.blocks - 1}")
+    queries = layout.total if block is None else layout.lengths[block]
+    q = tensors["q"]
     blocks = f"{layout.blocks} blocks of {layout.lengths[0] if layout.is_uniform else layout.lengths}"
-    for label, x, tokens in (("q", q, queries), ("k", k, layout.total), ("v", v, layout.total)):
+    for label, x in tensors.items():
+        tokens = queries if label == "q" else layout.total
         if x.dim() != 4:
             raise ValueError(f"{name}: {label} has shape {tuple(x.shape)}, accepted is (B, T, H, Dh)")
         if x.shape[1] != tokens:
@@ -109,9 +113,12 @@ def _check(name: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, mask
 def _block_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], mask: str, scale: float, block: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Returns out like q, and what the backend's backward wants besides: the float32 log-sum-exp (B, H, queries)
-    where it has one, else an empty tensor."""
-    return _BACKENDS[backend].attention_forward(q, k, v, BlockLayout(lengths), cast(Mask, mask), scale, block)
+    """Returns out like q, and what the backend's backward wants besides: the float32 log-sum-exp (B, H,
+    queries) where it has one, else an empty tensor."""
+    results: tuple[Tensor, Tensor] = _BACKENDS[backend].attention_forward(
+        q, k, v, BlockLayout(lengths), cast(Mask, mask), scale, block
+    )
+    return results
 
 
 @_block_attention.register_fake
@@ -126,19 +133,20 @@ def _(
 
 @torch.library.custom_op("ard_kernels::block_attention_backward", mutates_args=())
 def _block_attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lengths: Sequence[int], mask: str,
-    scale: float, block: int, backend: str,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lengths: Sequence[int],
+    mask: str, scale: float, block: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     layout = BlockLayout(lengths)
-    return _BACKENDS[backend].attention_backward(
+    results: tuple[Tensor, Tensor, Tensor] = _BACKENDS[backend].attention_backward(
         dout, q, k, v, out, lse, layout, cast(Mask, mask), scale, block
     )
+    return results
 
 
 @_block_attention_backward.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lengths: Sequence[int], mask: str,
-    scale: float, block: int, backend: str,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lengths: Sequence[int],
+    mask: str, scale: float, block: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv

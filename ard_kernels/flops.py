@@ -16,7 +16,7 @@ from ard_kernels.layout import BlockLayout, Mask
 
 
 def attention_macs(layout: BlockLayout, mask: Mask, width: int, block: int | None = None) -> int:
-    """Multiply-accumulates per sample of q k^T and p v over `width` = H * Dh, of one block's queries or of all."""
+    """Multiply-accumulates per sample of q k^T and p v over `width` = H * Dh, of one block or of all."""
     return 2 * width * layout.area(mask, block)
 
 
@@ -26,14 +26,14 @@ def _forward_macs(q: Sequence[int], lengths: Sequence[int], mask: str, block: in
     return int(q[0]) * attention_macs(layout, cast(Mask, mask), int(q[2] * q[3]), one)
 
 
-@register_flop_formula(torch.ops.ard_kernels.block_attention)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.ard_kernels.block_attention)
 def _forward(
     q: Any, k: Any, v: Any, lengths: Any, mask: str, scale: float, block: int, backend: str, **_: Any
 ) -> int:
     return 2 * _forward_macs(q, lengths, mask, block)
 
 
-@register_flop_formula(torch.ops.ard_kernels.block_attention_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.ard_kernels.block_attention_backward)
 def _backward(
     dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, lengths: Any, mask: str, scale: float, block: int,
     backend: str, **_: Any,

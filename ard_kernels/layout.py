@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal, get_args
 
@@ -29,6 +28,8 @@ class BlockLayout:
     """
 
     lengths: tuple[int, ...]
+    bounds: tuple[int, ...] = field(repr=False, compare=False)
+    """Block s holds the tokens bounds[s]..bounds[s+1]-1."""
 
     def __init__(self, lengths: Iterable[int]) -> None:
         object.__setattr__(self, "lengths", tuple(lengths))
@@ -36,6 +37,8 @@ class BlockLayout:
             raise ValueError(
                 f"BlockLayout: lengths is {self.lengths!r}, accepted is one or more integers >= 1"
             )
+        # At once: torch.compile cannot trace the lock in functools.cached_property (Python < 3.12).
+        object.__setattr__(self, "bounds", (0, *accumulate(self.lengths)))
 
     @classmethod
     def uniform(cls, blocks: int, length: int) -> BlockLayout:
@@ -48,14 +51,9 @@ class BlockLayout:
     def blocks(self) -> int:
         return len(self.lengths)
 
-    @cached_property
+    @property
     def total(self) -> int:
-        return sum(self.lengths)
-
-    @cached_property
-    def bounds(self) -> tuple[int, ...]:
-        """Block s holds the tokens bounds[s]..bounds[s+1]-1."""
-        return (0, *accumulate(self.lengths))
+        return self.bounds[-1]
 
     @property
     def is_uniform(self) -> bool:
@@ -66,7 +64,7 @@ class BlockLayout:
         return slice(self.bounds[block], self.bounds[block + 1])
 
     def key_ranges(self, block: int, mask: Mask) -> tuple[tuple[int, int], ...]:
-        """The (start, stop) ranges of keys that block `block` attends to: ascending, disjoint, at most two."""
+        """The (start, stop) ranges of keys that `block` attends to: ascending, disjoint, at most two."""
         start, stop = self.bounds[block], self.bounds[block + 1]
         if mask == "causal":
             return ((0, stop),)
@@ -89,7 +87,7 @@ class BlockLayout:
         )
 
     def mask(self, mask: Mask, device: torch.device | str | None = None) -> torch.Tensor:
-        """Dense bool (T, T), True where the row's token may attend to the column's. For tests and for reading."""
+        """Dense bool (T, T), True where the row's token may attend to the column's. To test and to read."""
         check_mask(mask, "BlockLayout.mask")
         visible = torch.zeros(self.total, self.total, dtype=torch.bool, device=device)
         for s in range(self.blocks):

@@ -27,7 +27,7 @@ def cached_block_attention(
     mask: Mask = "causal",
     scale: float | None = None,
 ) -> Tensor:
-    """The rows of `block_attention` that belong to `block`. q is (B, L_block, H, Dh), the caches (B, T, H, Dh)."""
+    """The rows of `block_attention` that belong to `block`. q (B, L_block, H, Dh), caches (B, T, H, Dh)."""
     visible = layout.mask(mask, q.device)[layout.slice(block)]
     # Rows of the cache that nothing has written yet may hold anything, NaN included.
     keep = visible.any(0)

@@ -1,10 +1,10 @@
 """Sampling with the student against the same sampler written directly in PyTorch.
 
-    python -m benchmarks.sampling                       # DiT-S/2, S = 4, N = 6, batch 1 and 8, bf16 and float32
+    python -m benchmarks.sampling                   # DiT-S/2, S = 4, N = 6, batch 1 and 8, bf16 and float32
 
-The straightforward sampler conditions every token (adaLN's linear layers run on all of them), makes the conditioning
-anew at each step, and keeps keys and values of the history layers by concatenation. Paths are compared in float32
-before anything is timed.
+The straightforward sampler conditions every token (adaLN's linear layers run on all of them), makes the
+conditioning anew at each step, and keeps keys and values of the history layers by concatenation. Paths are
+compared in float32 before anything is timed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def _in(dtype: torch.dtype, device: torch.device, sampler: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`sampler` under autocast to `dtype`, entered anew at each call: its cache of cast weights lives for one call."""
+    """`sampler` under autocast to `dtype`, entered at each call: cast weights are kept for one call."""
 
     def run() -> Tensor:
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -70,7 +70,7 @@ def main() -> None:
             name = str(dtype).removeprefix("torch.")
             rows.append({"dtype": name, "batch": batch, "seconds": seconds, "ratio": ratio})
             print(f"  {name:<8} batch {batch:<3} ard {1e3 * seconds['ard']:8.1f} ms   straightforward "
-                  f"{1e3 * seconds['straightforward']:8.1f} ms   {ratio:.2f}x faster", flush=True)  # fmt: skip
+                  f"{1e3 * seconds['straightforward']:8.1f} ms   {ratio:.2f}x", flush=True)  # fmt: skip
     write_json(
         options.out or RESULTS / f"sampling-{device.type}.json",
         {

@@ -1,7 +1,7 @@
-"""Attention over the history of a trajectory: the one thing an ARD student does differently from its backbone.
+"""Attention over the history of a trajectory: all that an ARD student does unlike its backbone.
 
-A backbone's layer makes q, k and v and hands them to a history, which alone knows the blocks. Both histories give a
-layer below `depth` the mask and every layer above it the diagonal.
+A backbone's layer makes q, k and v and hands them to a history, which alone knows the blocks. Both histories
+give a layer below `depth` the mask and every layer above it the diagonal.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from ard_kernels.layout import Mask
 class History(Protocol):
     """What a backbone's layers need to know about the sequence."""
 
-    layout: BlockLayout  # of the tokens in this pass
+    @property
+    def layout(self) -> BlockLayout:
+        """Of the tokens in this pass."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, tokens in this pass, H, Dh) -> the same shape."""
@@ -38,7 +40,7 @@ class TeacherForced:
 
 
 class KVCache:
-    """One state a pass, in order; keys and values of the earlier ones are kept in the `depth` lowest layers only.
+    """One state a pass, in order; the `depth` lowest layers alone keep keys and values of the earlier ones.
 
     Memory: 2 * depth * (B, T, H, Dh), allocated at once.
     """

@@ -16,7 +16,7 @@ from ard_kernels.layout import Mask, check_mask
 
 
 def student_times(steps: int) -> Tensor:
-    """(S,): the time that each input state is conditioned on, 999 (S-s)/S (`research`: the released recipe)."""
+    """(S,): the time that each input state is conditioned on, 999 (S-s)/S as in the released recipe."""
     return 999.0 * (steps - torch.arange(steps, dtype=torch.float32)) / steps
 
 
@@ -75,7 +75,7 @@ class ARDTransformer(nn.Module):
         mask: Mask = "causal",
         per_step_final: bool = True,
     ) -> ARDTransformer:
-        """A student with a copy of the teacher's weights, every final layer included; the variance half is dropped."""
+        """A student with a copy of the teacher's weights, in every final layer without the variance half."""
         student = cls.__new__(cls)
         nn.Module.__init__(student)
         student._build(copy.deepcopy(teacher), steps, history_layers, mask, per_step_final)
@@ -91,7 +91,7 @@ class ARDTransformer(nn.Module):
         return layer
 
     def modulation(self, labels: Tensor) -> list[Tensor]:
-        """labels (B,) -> the modulation of all S steps: of every layer (B, S, 6, D), of the final norm (B, S, 2, D)."""
+        """labels (B,) -> the modulation of all S steps: layers (B, S, 6, D), final norm (B, S, 2, D)."""
         condition = self.t_embedder(self.times) + self.y_embedder(labels).unsqueeze(1)  # (B, S, D)
         tables = [layer.adaLN_modulation(condition) for layer in self.blocks]  # type: ignore[operator]
         final = [self._final(s).adaLN_modulation(condition[:, s : s + 1]) for s in range(self.steps)]
@@ -127,7 +127,7 @@ class ARDTransformer(nn.Module):
         return torch.stack([self._predict(part, s) for s, part in enumerate(parts)], 1)
 
     def cache(self, batch: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-        """An empty cache for `step`; its dtype is that of the keys and values (the autocast dtype where there is one)."""
+        """An empty cache for `step`, of the dtype that keys and values have (under autocast: its dtype)."""
         return KVCache(
             self.layout,
             self.history_layers,

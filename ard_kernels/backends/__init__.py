@@ -1,7 +1,7 @@
 """Which implementations exist here, and which one an operator uses.
 
-A backend is a module that offers, for an operator family, a function ``supports_<family>`` (None, or the reason why
-not) and the operator's forward and backward. It never checks arguments: the public operator did.
+A backend is a module that offers, for an operator family, a function ``supports_<family>`` (None, or the
+reason why not) and the operator's forward and backward. It never checks arguments: the public operator did.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _check(name: str, where: str) -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one backend inside a ``with`` block. A backend that is unknown or absent here is an error at once."""
+    """Force one backend inside a ``with`` block. One that is unknown or absent here is an error at once."""
     _forced.append(_check(name, "use_backend"))
     try:
         yield
@@ -62,5 +62,5 @@ _DEFAULT = _default()
 
 
 def chosen() -> str:
-    """The backend in force: `use_backend`, else the environment variable, else the best one that exists here."""
+    """The backend in force: `use_backend`, else the environment variable, else the best one here."""
     return _forced[-1] if _forced else _DEFAULT

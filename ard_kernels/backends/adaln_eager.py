@@ -9,7 +9,7 @@ from ard_kernels.layout import BlockLayout
 
 
 def _rows(table: Tensor, layout: BlockLayout) -> Tensor:
-    """A table as something that broadcasts against `_blocks(x)`: (B, S, 1, D), or (B, T, D) for unequal blocks."""
+    """A table that broadcasts against `_blocks(x)`: (B, S, 1, D), or (B, T, D) for unequal blocks."""
     if layout.is_uniform:
         return table.unsqueeze(2)
     return torch.repeat_interleave(
@@ -33,13 +33,13 @@ def _sums(x: Tensor, layout: BlockLayout, dtype: torch.dtype) -> Tensor:
 def adaln_forward(
     x: Tensor, shift: Tensor, scale: Tensor, layout: BlockLayout, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
-    # The table is S rows, the activations T: the table takes their dtype, never the other way round.
     wide = _wide(x)
-    y = torch.addcmul(
-        _rows(shift.to(wide), layout), _blocks(normed.to(wide), layout), _rows(1 + scale.to(wide), layout)
-    )
-    return y.to(out_dtype).view(x.shape), mean.to(wide).flatten(1), rstd.to(wide).flatten(1)
+    # Widened first: PyTorch's half-precision layer norm on CPU rounds mean and rstd to half precision.
+    normed, mean, rstd = torch.native_layer_norm(x.to(wide).contiguous(), x.shape[-1:], None, None, eps)
+    # The table is S rows, the activations T: the table takes their dtype, never the other way round.
+    shift, scale = shift.to(wide).contiguous(), scale.to(wide).contiguous()
+    y = torch.addcmul(_rows(shift, layout), _blocks(normed, layout), _rows(1 + scale, layout))
+    return y.to(out_dtype).contiguous().view(x.shape), mean.flatten(1), rstd.flatten(1)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -56,7 +56,7 @@ def adaln_backward(
     layout: BlockLayout,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = _wide(x)
-    dy = dy.to(wide)
+    dy = dy.to(wide).contiguous()
     normed = _blocks((x - mean.unsqueeze(-1)).mul_(rstd.unsqueeze(-1)), layout)
     blocks = _blocks(dy, layout)
     dshift, dscale = _sums(blocks, layout, scale.dtype), _sums(blocks * normed, layout, scale.dtype)
@@ -77,7 +77,9 @@ def adaln_backward(
 def gated_residual_forward(x: Tensor, branch: Tensor, gate: Tensor, layout: BlockLayout) -> Tensor:
     wide = _wide(x)
     out = torch.addcmul(
-        _blocks(x.to(wide), layout), _rows(gate.to(wide), layout), _blocks(branch.to(wide), layout)
+        _blocks(x.to(wide).contiguous(), layout),
+        _rows(gate.to(wide), layout),
+        _blocks(branch.to(wide), layout),
     )
     return out.to(x.dtype).view(x.shape)
 
@@ -85,7 +87,7 @@ def gated_residual_forward(x: Tensor, branch: Tensor, gate: Tensor, layout: Bloc
 def gated_residual_backward(
     dx: Tensor, branch: Tensor, gate: Tensor, layout: BlockLayout
 ) -> tuple[Tensor, Tensor]:
-    blocks = _blocks(dx.to(_wide(dx)), layout)
+    blocks = _blocks(dx.to(_wide(dx)).contiguous(), layout)
     dgate = _sums(blocks * _blocks(branch, layout), layout, gate.dtype)
     return (blocks * _rows(gate, layout)).to(branch.dtype).view(branch.shape), dgate
 
@@ -99,8 +101,8 @@ def gated_residual_adaln_forward(
 
 
 def gated_residual_adaln_backward(
-    dx: Tensor, dy: Tensor, x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
-    layout: BlockLayout,
+    dx: Tensor, dy: Tensor, x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor,
+    rstd: Tensor, layout: BlockLayout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx, dshift, dscale = adaln_backward(dy, dx, x, scale, mean, rstd, layout)
     return dx, *gated_residual_backward(dx, branch, gate, layout), dshift, dscale

@@ -10,9 +10,17 @@ import pytest
 import torch
 
 from ard.costs import (
-    PUBLISHED, FlopsConfig, Row, count_dit, count_sampling, count_training_pass, dit_macs, published_table, run,
+    PUBLISHED,
+    FlopsConfig,
+    Row,
+    count_dit,
+    count_sampling,
+    count_training_pass,
+    dit_macs,
+    published_table,
+    run,
     student_macs,
-)  # fmt: skip
+)
 from ard.models import ARDTransformer, DiT
 from ard_kernels.layout import MASKS, Mask
 
@@ -71,7 +79,7 @@ def test_published_costs(table: list[Row]) -> None:
 
 
 def test_overhead_of_history(table: list[Row]) -> None:
-    """The paper's 1.1 %. Six extra block pairs in six layers: 6 * 6 * 2 * 256^2 * 1152 over four evaluations."""
+    """The paper's 1.1 %: six extra block pairs in six layers, 6 * 6 * 2 * 256^2 * 1152, over N = 0."""
     (row,) = (r for r in table if (r.steps, r.history_layers, r.mask) == (4, 6, "causal"))
     (without,) = (r for r in table if (r.steps, r.history_layers) == (4, 0))
     assert row.overhead_percent == pytest.approx(
@@ -100,7 +108,8 @@ def test_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_command_for_another_model(capsys: pytest.CaptureFixture[str]) -> None:
     run(FlopsConfig(model="DiT-S/8", steps=2, history_layers=3))
     printed = capsys.readouterr().out
-    assert "DiT-S/8" in printed and "59300" not in printed
+    assert "DiT-S/8" in printed
+    assert "59300" not in printed
 
 
 def test_unknown_model_is_named() -> None:

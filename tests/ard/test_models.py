@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ard.models import PRESETS, ARDTransformer, DiT
 from ard.models.dit import AdaLNModulation, position_embedding
@@ -56,7 +55,7 @@ def _states(student: ARDTransformer, batch: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def _relative(got: Tensor, wanted: Tensor) -> float:
-    return float((got - wanted).norm() / wanted.norm())
+    return float((got - wanted).detach().norm() / wanted.detach().norm())
 
 
 # Teacher
@@ -106,15 +105,13 @@ def test_state_dict_is_that_of_the_public_release() -> None:
 
 
 def _plain_dit(w: dict[str, Tensor], config: dict[str, int], x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-    """DiT from its paper's equations, token by token where that is clearest: nothing shared with `ard.models`."""
+    """DiT from its paper's equations, nothing shared with `ard.models`."""
     p, heads, depth, d = config["patch_size"], config["heads"], config["depth"], config["width"]
     batch, channels, height, width = x.shape
-    rows, columns = height // p, width // p
 
-    patches = [
-        torch.einsum("bcij,dcij->bd", x[:, :, r * p : (r + 1) * p, c * p : (c + 1) * p], w["x_embedder.proj.weight"])
-        for r in range(rows) for c in range(columns)
-    ]  # fmt: skip
+    corners = [(r, c) for r in range(0, height, p) for c in range(0, width, p)]
+    kernel = w["x_embedder.proj.weight"]
+    patches = [torch.einsum("bcij,dcij->bd", x[:, :, r : r + p, c : c + p], kernel) for r, c in corners]
     h = torch.stack(patches, 1) + w["x_embedder.proj.bias"] + w["pos_embed"]
 
     omega = 10000.0 ** (-torch.arange(128, dtype=torch.float32) / 128)
@@ -149,8 +146,7 @@ def _plain_dit(w: dict[str, Tensor], config: dict[str, int], x: Tensor, t: Tenso
     m = [row[:, None] for row in linear("final_layer.adaLN_modulation.1", c).split(d, 1)]
     tokens = linear("final_layer.linear", norm(h) * (1 + m[1]) + m[0])  # (B, L, p*p*2C)
     image = torch.empty(batch, 2 * channels, height, width, dtype=x.dtype)
-    for n in range(rows * columns):
-        r, col = n // columns * p, n % columns * p
+    for n, (r, col) in enumerate(corners):
         patch = tokens[:, n].view(batch, p, p, 2 * channels)
         image[:, :, r : r + p, col : col + p] = patch.permute(0, 3, 1, 2)
     return image
@@ -164,15 +160,11 @@ def test_numerics_are_the_papers(options: dict[str, int]) -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(3, dit.channels, *dit.input_size, generator=generator, dtype=torch.float64)
     t, labels = torch.tensor([999.0, 249.75, 0.0]), torch.tensor([0, 6, 7])  # 7: no class
-    expected = _plain_dit(dict(dit.state_dict()), dit.config, x, t, labels)
-    # The time's angles are float32 in both, but the frequencies come from exp here and from a power there.
-    assert _relative(dit(x, t, labels), expected) < 1e-4
-    assert (
-        _relative(
-            dit(x, torch.zeros(3), labels), _plain_dit(dict(dit.state_dict()), dit.config, x, 0 * t, labels)
-        )
-        < 1e-12
-    )
+    weights = dict(dit.state_dict())
+    # The time's angles are float32: near 1000 their last bit depends on how the frequencies are made.
+    assert _relative(dit(x, t, labels), _plain_dit(weights, dit.config, x, t, labels)) < 1e-4
+    # At time zero nothing is float32.
+    assert _relative(dit(x, 0 * t, labels), _plain_dit(weights, dit.config, x, 0 * t, labels)) < 1e-12
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 3), (5, 2), (4, 4)])
@@ -180,7 +172,8 @@ def test_position_embedding(grid: tuple[int, int]) -> None:
     """Sine then cosine of the column, then of the row, at 10000^(-i / (width/4))."""
     width = 16
     table = position_embedding(width, grid)
-    assert table.shape == (1, grid[0] * grid[1], width) and table.dtype == torch.float32
+    assert table.shape == (1, grid[0] * grid[1], width)
+    assert table.dtype == torch.float32
     for row in range(grid[0]):
         for column in range(grid[1]):
             expected = [
@@ -251,7 +244,8 @@ def test_every_parameter_learns(per_step_final: bool) -> None:
         if name == "pos_embed":
             assert not parameter.requires_grad
         else:
-            assert parameter.grad is not None and parameter.grad.any(), name
+            assert parameter.grad is not None, name
+            assert parameter.grad.any(), name
 
 
 def test_final_layers_are_copies_of_the_teachers() -> None:
@@ -261,7 +255,8 @@ def test_final_layers_are_copies_of_the_teachers() -> None:
     first, *others = student.final_layers
     for other in others:
         for a, b in zip(first.parameters(), other.parameters(), strict=True):
-            assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
+            assert torch.equal(a, b)
+            assert a.data_ptr() != b.data_ptr()
     theirs = {p.data_ptr() for p in teacher.parameters()}
     assert not theirs & {p.data_ptr() for p in student.parameters()}
 
@@ -368,6 +363,7 @@ def test_bad_arguments_are_named() -> None:
 
 
 def test_compiles_without_graph_breaks() -> None:
+    """From cold: nothing ran before the compiled call, so tracing finds nothing cached."""
     student = _student(3, 2)
     states, labels = _states(student)
     compiled = torch.compile(student, fullgraph=True, backend="aot_eager")
@@ -375,5 +371,13 @@ def test_compiles_without_graph_breaks() -> None:
     out, expected = compiled(states, labels), student(states, labels)
     assert _relative(out, expected) < 1e-6
     grads = [torch.autograd.grad(x.square().mean(), parameters) for x in (out, expected)]
+    largest = max(g.norm() for g in grads[1])  # a bias of keys has no gradient but rounding
     for a, b in zip(*grads, strict=True):
-        assert _relative(a, b) < 1e-5
+        assert (a - b).norm() < 1e-5 * largest
+
+
+def test_the_teacher_compiles_without_graph_breaks() -> None:
+    dit = _teacher()
+    arguments = torch.randn(2, 3, 4, 8), torch.tensor([999.0, 3.5]), torch.tensor([1, 7])
+    compiled = torch.compile(dit, fullgraph=True, backend="aot_eager")
+    assert _relative(compiled(*arguments), dit(*arguments)) < 1e-6

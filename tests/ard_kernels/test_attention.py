@@ -18,8 +18,8 @@ from ard_kernels.layout import MASKS
 RAGGED = BlockLayout((3, 1, 6, 4))
 UNIFORM = BlockLayout.uniform(blocks=3, length=5)
 
-# Largest error in epsilons of the dtype. Measured over this file's inputs: UNITS_PLACEHOLDER
-_UNITS = {torch.float64: 8.0, torch.float32: 8.0, torch.bfloat16: 8.0, torch.float16: 8.0}
+# Largest error in epsilons of the dtype. Measured over this file's inputs: 16.3, 16.8, 1.8, 2.4.
+_UNITS = {torch.float64: 24.0, torch.float32: 24.0, torch.bfloat16: 3.0, torch.float16: 4.0}
 DTYPES = tuple(_UNITS)
 Attention = Callable[..., Tensor]
 
@@ -80,10 +80,10 @@ def test_every_head_dim(assert_accurate: Callable[..., None], dim: int, dtype: t
 
 
 @pytest.mark.parametrize(
-    "dtype, mask", [*((torch.bfloat16, mask) for mask in MASKS), (torch.float16, "causal")]
+    ("dtype", "mask"), [*((torch.bfloat16, mask) for mask in MASKS), (torch.float16, "causal")]
 )
 def test_long_sequences(assert_accurate: Callable[..., None], dtype: torch.dtype, mask: str) -> None:
-    """Lengths at which implementations change method or work in pieces: 520 keys, a million scores in a block."""
+    """Lengths at which implementations change method or work in pieces: 520 keys, 2 million scores."""
     layout = BlockLayout((270, 250))
     inputs = _qkv(layout, 1, 16, 16, dtype).unbind(2)
     _check(assert_accurate, block_attention, reference.block_attention, inputs, layout, mask)
@@ -105,18 +105,18 @@ def _heads_first(x: Tensor) -> tuple[Tensor, ...]:
     return tuple(part.transpose(1, 2).contiguous().transpose(1, 2) for part in x.unbind(2))
 
 
-def _every_second(x: Tensor) -> tuple[Tensor, ...]:
+def _stride_two(x: Tensor) -> tuple[Tensor, ...]:
     return tuple(part.repeat_interleave(2, -1)[..., ::2] for part in x.unbind(2))
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("layout", [RAGGED, UNIFORM], ids=["ragged", "uniform"])
-@pytest.mark.parametrize("view", [_packed, _heads_first, _every_second])
+@pytest.mark.parametrize("view", [_packed, _heads_first, _stride_two])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides_do_not_matter(
     dtype: torch.dtype, view: Callable[[Tensor], tuple[Tensor, ...]], layout: BlockLayout, mask: str
 ) -> None:
-    """Views of packed or transposed memory, and a broadcast dout, give the bits that contiguous tensors give."""
+    """Views of packed or transposed memory and a broadcast dout give the bits of contiguous tensors."""
     x = _qkv(layout, 2, 2, 24, dtype)
     dout = _normal(1, layout.total, 2, 24, dtype=dtype, seed=1).expand(2, -1, -1, -1)
     expected_out, *expected_grads = _run(
@@ -126,7 +126,8 @@ def test_strides_do_not_matter(
     out = block_attention(*view(leaf), layout, mask)
     (grad,) = torch.autograd.grad(out, leaf, dout)
     assert not any(part.is_contiguous() for part in view(leaf))
-    assert torch.equal(out, expected_out) and out.is_contiguous()
+    assert torch.equal(out, expected_out)
+    assert out.is_contiguous()
     assert torch.equal(grad, torch.stack(expected_grads, 2))
 
 
@@ -173,7 +174,8 @@ def test_cached_is_the_rows_and_never_reads_hidden_ones(
         )
         assert dq.isfinite().all()
         for grad in dcaches:
-            assert grad[:, hidden].eq(0).all() and grad[:, ~hidden].isfinite().all()
+            assert grad[:, hidden].eq(0).all()
+            assert grad[:, ~hidden].isfinite().all()
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -286,7 +288,7 @@ _GOOD = dict(zip("qkv", _qkv(RAGGED, 2, 2, 16, torch.float32).unbind(2), strict=
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"q": _GOOD["q"][0]}, r"q has shape \(14, 2, 16\), accepted is \(B, T, H, Dh\)"),
         ({"q": _GOOD["q"][:, 1:]}, r"q has 13 tokens, layout has 14 \(4 blocks of \(3, 1, 6, 4\)\)"),
@@ -310,7 +312,7 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"block": 4}, r"block is 4, layout has blocks 0\.\.3"),
         ({"block": -1}, r"block is -1, layout has blocks 0\.\.3"),

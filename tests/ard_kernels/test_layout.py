@@ -46,7 +46,8 @@ def test_key_ranges_and_area_describe_the_mask(mask: str, lengths: list[int]) ->
         ranges = layout.key_ranges(s, mask)
         keys = [t for start, stop in ranges for t in range(start, stop)]
         assert keys == [t for t, block in enumerate(owner) if _SEES[mask](s, block)]  # ascending and disjoint
-        assert len(ranges) <= 2 and all(start < stop for start, stop in ranges)
+        assert len(ranges) <= 2
+        assert all(start < stop for start, stop in ranges)
         areas.append(length * len(keys))
         assert layout.area(mask, s) == areas[-1]
     assert layout.area(mask) == sum(areas) == int(layout.mask(mask).sum())
@@ -60,7 +61,8 @@ def test_positions(lengths: list[int]) -> None:
     assert layout.block_ids().tolist() == owner
     assert layout.is_uniform == all(n == lengths[0] for n in lengths)
     for s in range(layout.blocks):
-        assert set(owner[layout.slice(s)]) == {s} and len(owner[layout.slice(s)]) == lengths[s]
+        assert set(owner[layout.slice(s)]) == {s}
+        assert len(owner[layout.slice(s)]) == lengths[s]
         assert (layout.bounds[s], layout.bounds[s + 1]) == (layout.slice(s).start, layout.slice(s).stop)
 
 

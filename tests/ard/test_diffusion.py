@@ -1,0 +1,151 @@
+"""The teacher's process is diffusers' DDIM, the public DiT's guidance, and a solver of the probability-flow ODE."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from ard.diffusion import Diffusion, Prediction, Schedule, guided
+
+_DIFFUSERS = {
+    "linear": "linear", "cosine": "squaredcos_cap_v2", "eps": "epsilon", "x0": "sample", "v": "v_prediction",
+}  # fmt: skip
+
+
+def _randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _network(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    """Something smooth and bounded that depends on everything."""
+    phase = (t.double() / 300 + labels.double()).view(-1, 1, 1, 1)
+    return torch.sin(1.3 * x.flip(-1) + phase)
+
+
+def _scheduler(schedule: str, prediction: str, spacing: str, steps: int) -> Any:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=1e-4, beta_end=0.02, beta_schedule=_DIFFUSERS[schedule], clip_sample=False, set_alpha_to_one=True,
+        prediction_type=_DIFFUSERS[prediction], timestep_spacing=spacing,
+    )  # fmt: skip
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+def test_schedule_is_that_of_diffusers(schedule: Schedule) -> None:
+    """diffusers rounds every beta to float32 (half an epsilon), takes 1 - beta and a product of up to 1000 of them in
+    float32: 1000 roundings of half an epsilon relative to a factor, twice."""
+    theirs = _scheduler(schedule, "eps", "leading", 10).alphas_cumprod.double()
+    bound = 1000 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(Diffusion(schedule).alphas_cumprod, theirs, rtol=bound, atol=bound * 1e-2)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("prediction", get_args(Prediction))
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+def test_ddim_is_that_of_diffusers(schedule: Schedule, prediction: Prediction, spacing: str) -> None:
+    """Every state and x0-prediction of 20 steps, in float64, given the same alphas.
+
+    "linspace" is left out: diffusers then takes t - 1000 // steps as the time that follows t, which is not the next
+    of its own list; the DiT release takes the next one of the list, as we do.
+    """
+    ours, theirs = Diffusion(schedule, prediction), _scheduler(schedule, prediction, spacing, 20)
+    theirs.alphas_cumprod = ours.alphas_cumprod
+    theirs.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
+    x, labels = _randn(3, 2, 4, 4), torch.arange(3)
+    states = ours.ddim(_network, x, labels, sorted(theirs.timesteps.tolist()))
+    for t, state in zip(theirs.timesteps.tolist(), states, strict=False):
+        torch.testing.assert_close(state.x, x, rtol=1e-9, atol=1e-9)
+        step = theirs.step(_network(x, torch.full((3,), t), labels), t, x, eta=0.0)
+        torch.testing.assert_close(state.x0, step.pred_original_sample, rtol=1e-9, atol=1e-9)
+        x = step.prev_sample
+    last = next(states)
+    assert (last.index, last.x0) == (-1, None)
+    torch.testing.assert_close(last.x, x, rtol=1e-9, atol=1e-9)
+
+
+def test_solver_times_are_those_of_the_release() -> None:
+    published = (
+        "0 42 83 125 166 208 250 291 333 375 416 458 500 541 583 624 666 708 749 791 832 874 916 957 999"
+    )
+    diffusion = Diffusion()
+    assert diffusion.solver_times(25) == [int(t) for t in published.split()]
+    assert diffusion.solver_times(1000) == list(range(1000))
+    assert diffusion.solver_times(1) == [999]
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match=rf"solver steps is {steps}, accepted are 1\.\.1000"):
+            diffusion.solver_times(steps)
+
+
+@pytest.mark.parametrize("prediction", get_args(Prediction))
+def test_split_inverts_noising_and_target(prediction: Prediction) -> None:
+    """What a perfect network says at x_t gives back the image and the noise x_t was made of, variance dropped."""
+    diffusion = Diffusion("linear", prediction)
+    x0, noise, t = _randn(5, 3, 4, 4), _randn(5, 3, 4, 4, seed=1), torch.tensor([0, 10, 300, 700, 999])
+    x = diffusion.add_noise(x0, noise, t)
+    raw = torch.cat([diffusion.target(x0, noise, t), torch.full_like(x0, torch.nan)], 1)  # learned sigma
+    for got, wanted in zip(diffusion.split(raw, x, t), (x0, noise), strict=True):
+        # 1 / sqrt(a_999) = 158 times the rounding of x.
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    a = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
+    torch.testing.assert_close(x, a.sqrt() * x0 + (1 - a).sqrt() * noise)
+
+
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+def test_ddim_solves_the_ode_of_gaussian_data(schedule: Schedule) -> None:
+    """For data N(m, s^2) the ODE keeps (x_t - sqrt(a) m) / sqrt(a s^2 + 1 - a) constant; Euler steps err as 1/steps."""
+    diffusion, m, s = Diffusion(schedule, "x0"), 0.7, 0.5
+    a = diffusion.alphas_cumprod
+
+    def posterior_mean(x: Tensor, t: Tensor, _: Tensor) -> Tensor:
+        b = a[t].view(-1, 1, 1, 1)
+        return m + b.sqrt() * s * s / (b * s * s + 1 - b) * (x - b.sqrt() * m)
+
+    x = _randn(64, 1, 2, 2)
+    exact = m + s * (x - a[-1].sqrt() * m) / (a[-1] * s * s + 1 - a[-1]).sqrt()
+
+    def error(steps: int) -> float:
+        *_, last = diffusion.ddim(posterior_mean, x, torch.zeros(64), diffusion.solver_times(steps))
+        return float((last.x - exact).abs().max())
+
+    errors = [error(steps) for steps in (60, 120, 240)]
+    assert errors[2] < 0.02
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert 1.7 < coarse / fine < 2.3
+
+
+def test_guidance_is_that_of_the_dit_release() -> None:
+    """`DiT.forward_with_cfg`: 3 of 4 channels guided; the fourth and the variance are the conditional prediction."""
+    null, scale = 9, 1.5
+
+    def model(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return torch.cat([_network(x, t, labels), 100 + _network(x, t, labels)], 1)
+
+    x, t, labels = _randn(2, 4, 3, 3), torch.tensor([500, 500]), torch.tensor([1, 2])
+    conditional, without = model(x, t, labels), model(x, t, torch.full_like(labels, null))
+    mixed = without + scale * (conditional - without)
+    torch.testing.assert_close(
+        guided(model, null, scale, 3)(x, t, labels), torch.cat([mixed[:, :3], conditional[:, 3:]], 1)
+    )
+    torch.testing.assert_close(
+        guided(model, null, scale)(x, t, labels), torch.cat([mixed[:, :4], conditional[:, 4:]], 1)
+    )
+    assert guided(model, null, 1) is model
+
+    diffusion = Diffusion()
+    *_, last = diffusion.ddim(guided(model, null, scale, 3), x, labels, diffusion.solver_times(5))
+    bare = guided(lambda *a: model(*a)[:, :4], null, scale, 3)
+    *_, wanted = diffusion.ddim(bare, x, labels, diffusion.solver_times(5))
+    assert last.x.shape == x.shape
+    assert torch.equal(last.x, wanted.x)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="schedule is 'sigmoid', accepted are 'linear', 'cosine'"):
+        Diffusion("sigmoid")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="prediction is 'noise', accepted are 'eps', 'x0', 'v'"):
+        Diffusion("linear", "noise")  # type: ignore[arg-type]

@@ -1,0 +1,313 @@
+"""Training: what is computed does not depend on how often it was stopped, nor on how the batch is divided."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import nn
+
+from ard.checkpoints import load_student, load_teacher, read_tensors
+from ard.data import index_noise
+from ard.training import (
+    DistillConfig,
+    Optimisation,
+    TrainTeacherConfig,
+    distill,
+    learning_rate,
+    train_teacher,
+)
+from ard.trajectories import RecordConfig, TrajectoryStore
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the first precision that it was asked for as long as the process lives."""
+    yield
+    AcceleratorState._reset_state()
+
+
+_SHORT = Optimisation(
+    iterations=6, batch_size=8, lr=1e-3, ema=0.9, precision="no", log_every=2, checkpoint_every=3, sample_every=0
+)  # fmt: skip
+
+
+def _config(recording: RecordConfig, out: Path, o: Optimisation = _SHORT, **options: object) -> DistillConfig:
+    return DistillConfig(
+        recording.teacher, recording.out, out, **{"history_layers": 2, **options}, optimisation=o
+    )  # type: ignore[arg-type]
+
+
+def _weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "student" / "model.safetensors")
+
+
+def _log(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+# A checkpoint every other step of a few milliseconds: a random moment is often inside the writing of one.
+_KILLED = Optimisation(
+    iterations=60, batch_size=8, accumulate=2, lr=1e-3, lr_schedule="cosine", warmup=5, ema=0.9, log_every=3,
+    checkpoint_every=2, keep_checkpoints=1, sample_every=10,
+)  # fmt: skip
+
+
+def _command(recording: RecordConfig, out: Path) -> list[str]:
+    options = [
+        "--teacher", recording.teacher, "--trajectories", recording.out, "--out", out, "--history-layers", 2,
+        "--iterations", 60, "--batch-size", 8, "--accumulate", 2, "--lr", 1e-3, "--lr-schedule", "cosine",
+        "--warmup", 5, "--ema", 0.9, "--log-every", 3, "--checkpoint-every", 2, "--keep-checkpoints", 1,
+        "--sample-every", 10,
+    ]  # fmt: skip
+    return [sys.executable, "-m", "ard", "distill", *map(str, options)]
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(recording: RecordConfig, tmp_path: Path) -> None:
+    """SIGKILL three times: in the writing of a checkpoint, and at random moments; then to the end."""
+    distill(_config(recording, tmp_path / "whole", _KILLED))
+    out = tmp_path / "killed"
+    checkpoints, rng = out / "checkpoints", random.Random(0)
+    reached: list[str] = []
+    for kill in range(3):
+        process = subprocess.Popen(
+            _command(recording, out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        # Once it has gone on by a checkpoint: at the first temporary folder, or up to 0.2 s later.
+        before = {path.name for path in checkpoints.glob("step-*")}
+        while process.poll() is None and {path.name for path in checkpoints.glob("step-*")} <= before:
+            time.sleep(0.001)
+        if kill == 0:
+            while process.poll() is None and not [*checkpoints.glob(".step-*.tmp")]:
+                pass
+        else:
+            time.sleep(0.2 * rng.random())
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+        reached += [path.name for path in checkpoints.glob("step-*")][-1:]
+    assert reached == sorted(set(reached)), "a run that went on did not get further"
+    distill(_config(recording, out, _KILLED))
+    for name in (
+        "student/model.safetensors",
+        "student/config.json",
+        "log.jsonl",
+        "samples/step-00000060.png",
+    ):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000060"]
+    assert not [*out.rglob("*.tmp")], "remains of a killed write"
+
+
+def test_a_finished_run_is_not_trained_again(recording: RecordConfig, tmp_path: Path) -> None:
+    distill(_config(recording, tmp_path))
+    weights, log = _weights(tmp_path), _log(tmp_path)
+    shutil.rmtree(tmp_path / "student")
+    distill(_config(recording, tmp_path))
+    assert all(torch.equal(value, weights[name]) for name, value in _weights(tmp_path).items())
+    assert _log(tmp_path) == log
+
+
+def test_accumulation_equals_one_batch(recording: RecordConfig, tmp_path: Path) -> None:
+    """Means over equal parts average to the mean over all; float32 sums in another order."""
+    for accumulate in (1, 4):
+        o = replace(_SHORT, accumulate=accumulate, iterations=1)
+        distill(_config(recording, tmp_path / str(accumulate), o))
+    one, four = (_log(tmp_path / name)[0] for name in ("1", "4"))
+    assert four["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    assert four["terms"] == pytest.approx(one["terms"], rel=1e-6)
+    # Before Adam, which turns the sign of a rounding error into a whole step; norm sees every gradient.
+    assert four["norm"] == pytest.approx(one["norm"], rel=1e-5)
+    moments = [
+        load_file(tmp_path / name / "checkpoints" / "step-00000001" / "optimiser.safetensors")
+        for name in "14"
+    ]
+    for name, value in moments[0].items():
+        if name.endswith("exp_avg"):
+            torch.testing.assert_close(moments[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_average_is_that_of_the_weights(recording: RecordConfig, tmp_path: Path) -> None:
+    """average <- d average + (1 - d) weights after every step, d = min(ema, (1 + step) / (10 + step))."""
+    o = replace(_SHORT, checkpoint_every=1, keep_checkpoints=100, ema=0.3)
+    distill(_config(recording, tmp_path, o))
+    initial, _ = load_teacher(recording.teacher)
+    expected = initial.blocks[0].attn.qkv.weight.double()  # type: ignore[union-attr]
+    name = "blocks.0.attn.qkv.weight"
+    for step in range(o.iterations):
+        folder = tmp_path / "checkpoints" / f"step-{step + 1:08d}"
+        decay = min(0.3, (1 + step) / (10 + step))
+        weight = read_tensors(folder / "model.safetensors")[name]
+        expected = decay * expected + (1 - decay) * weight.double()
+        got = read_tensors(folder / "ema.safetensors")[name]
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(_weights(tmp_path)[name], got)
+    assert not torch.equal(got, weight)
+
+
+def test_learning_rates() -> None:
+    constant = replace(_SHORT, lr=2.0, iterations=100)
+    assert [learning_rate(constant, step) for step in (0, 50, 99)] == [2.0, 2.0, 2.0]
+    warm = replace(constant, warmup=4)
+    assert [learning_rate(warm, step) for step in range(6)] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 2.0])
+    cosine = replace(constant, lr_schedule="cosine")
+    assert [learning_rate(cosine, step) for step in (0, 50, 100)] == pytest.approx([2.0, 1.0, 0.0])
+    assert learning_rate(cosine, 25) == pytest.approx(1 + math.cos(math.pi / 4))
+
+
+def test_the_learning_rate_is_the_one_that_is_used(recording: RecordConfig, tmp_path: Path) -> None:
+    """Adam's first step moves every weight with a gradient by the learning rate."""
+    distill(_config(recording, tmp_path, replace(_SHORT, iterations=1, lr=1e-3, warmup=9, clip=1e9)))
+    assert _log(tmp_path)[0]["lr"] == pytest.approx(1e-4)
+    moved = read_tensors(tmp_path / "checkpoints" / "step-00000001" / "model.safetensors")
+    start = load_teacher(recording.teacher)[0].state_dict()
+    name = "blocks.1.mlp.fc2.weight"
+    change = (moved[name] - start[name]).abs()
+    assert change.median() == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_a_folder_with_another_configuration_is_refused(recording: RecordConfig, tmp_path: Path) -> None:
+    distill(_config(recording, tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for changed in (
+        _config(recording, tmp_path, steps=2),
+        _config(recording, tmp_path, replace(_SHORT, lr=2e-3)),
+    ):
+        with pytest.raises(ValueError, match=r"holds a run with another configuration.*name another folder"):
+            distill(changed)
+    with pytest.raises(ValueError, match="holds a run of `ard distill`, not of `ard train-teacher`"):
+        train_teacher(TrainTeacherConfig(tmp_path, dataset="digits", optimisation=_SHORT))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_checkpoint_is_refused(recording: RecordConfig, tmp_path: Path) -> None:
+    distill(_config(recording, tmp_path))
+    path = tmp_path / "checkpoints" / "step-00000006" / "ema.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"ema\.safetensors: does not match its checksum; remove .*step-00000006"
+    ):
+        distill(_config(recording, tmp_path))
+    shutil.rmtree(path.parent)
+    distill(_config(recording, tmp_path))  # from step 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"steps": 1}, {"steps": 4, "history_layers": 0}, {"state": "xt", "mask": "window"}, {"per_step_final": False},
+     {"steps": 2, "grid": (25, 20, 0), "mask": "anchor"}],
+    ids=["knowledge distillation", "step distillation", "xt and window", "shared final layer", "grid and anchor"],
+)  # fmt: skip
+def test_variants_learn(recording: RecordConfig, tmp_path: Path, options: dict[str, object]) -> None:
+    """The loss falls by a tenth at least in 30 steps on 44 trajectories, and the student says what it is."""
+    o = replace(_SHORT, iterations=30, log_every=1, checkpoint_every=30)
+    distill(_config(recording, tmp_path, o, **options))
+    losses = [line["loss"] for line in _log(tmp_path)]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    student, trained = load_student(tmp_path / "student")
+    assert student.steps == options.get("steps", 4)
+    assert student.history_layers == options.get("history_layers", 2)
+    assert trained["grid"] == list(TrajectoryStore(recording.out).grid(student.steps, options.get("grid")))  # type: ignore[arg-type]
+    assert trained["state"] == options.get("state", "x0")
+
+
+def test_checkpointing_changes_nothing_and_bf16_little(recording: RecordConfig, tmp_path: Path) -> None:
+    plain = replace(_SHORT, log_every=1)
+    for name, o in {
+        "plain": plain,
+        "checkpointing": replace(plain, checkpointing=True),
+        "bf16": replace(plain, precision="bf16"),
+    }.items():
+        AcceleratorState._reset_state()
+        distill(_config(recording, tmp_path / name, o))
+    assert _log(tmp_path / "checkpointing") == _log(tmp_path / "plain")
+    assert _log(tmp_path / "bf16") != _log(tmp_path / "plain")
+    for got, wanted in zip(_log(tmp_path / "bf16"), _log(tmp_path / "plain"), strict=True):
+        assert got["loss"] == pytest.approx(wanted["loss"], rel=4 * torch.finfo(torch.bfloat16).eps)
+    assert all(value.dtype == torch.float32 for value in _weights(tmp_path / "bf16").values())
+
+
+@pytest.mark.slow
+def test_compiled_training_is_training(recording: RecordConfig, tmp_path: Path) -> None:
+    for name, o in {"plain": _SHORT, "compiled": replace(_SHORT, compile=True)}.items():
+        distill(_config(recording, tmp_path / name, o))
+    for got, wanted in zip(_log(tmp_path / "compiled"), _log(tmp_path / "plain"), strict=True):
+        assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+    assert set(_weights(tmp_path / "compiled")) == set(_weights(tmp_path / "plain"))
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(
+    recording: RecordConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the next line of the log or checkpoint, whichever is first: no checkpoint ever holds such weights."""
+    from ard import training
+
+    calls = iter(range(1000))
+    loss = training.trajectory_loss
+
+    def bad_from_the_fifth(model: nn.Module, *batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        value, terms = loss(model, *batch)
+        return (value * torch.nan if next(calls) >= 4 else value), terms
+
+    monkeypatch.setattr(training, "trajectory_loss", bad_from_the_fifth)
+    with pytest.raises(ValueError, match=r"the loss is nan at step 6; try a lower --lr or --clip"):
+        distill(_config(recording, tmp_path, replace(_SHORT, log_every=100, iterations=20)))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 8, "accumulate": 3}, r"batch_size is 8, accepted are multiples of .* \(1 x 3\)"),
+        ({"log_every": 0}, "log_every is 0, accepted is an integer >= 1"),
+        ({"iterations": 0}, "iterations is 0"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"ema": 1.0}, r"ema is 1\.0, accepted is a decay in \[0, 1\)"),
+    ],
+)
+def test_options_that_cannot_work_leave_no_run(
+    recording: RecordConfig, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        distill(_config(recording, tmp_path / "run", replace(_SHORT, **change)))  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_learns_and_goes_on(tmp_path: Path) -> None:
+    """A teacher of 4 + 4 steps is the teacher of 8 steps: its noise, times and dropped classes depend on the step."""
+    pytest.importorskip("sklearn")
+    o = Optimisation(
+        iterations=8, batch_size=16, ema=0.5, log_every=1, checkpoint_every=4, keep_checkpoints=9, sample_every=4
+    )  # fmt: skip
+    config = TrainTeacherConfig(
+        tmp_path / "whole", "digits", width=32, depth=2, heads=2, prediction="v", optimisation=o
+    )
+    train_teacher(config)
+    shutil.copytree(config.out, tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "step-00000008")
+    shutil.rmtree(tmp_path / "half" / "teacher")
+    run = json.loads((tmp_path / "half" / "run.json").read_text())
+    run["config"]["out"] = str(tmp_path / "half")
+    (tmp_path / "half" / "run.json").write_text(json.dumps(run))
+    train_teacher(replace(config, out=tmp_path / "half"))
+    for name in ("teacher/model.safetensors", "log.jsonl", "samples/step-00000008.png"):
+        assert (tmp_path / "half" / name).read_bytes() == (config.out / name).read_bytes(), name
+    model, diffusion = load_teacher(config.out / "teacher")
+    assert diffusion.config == {"schedule": "linear", "prediction": "v", "timesteps": 1000}
+    assert model.num_classes == 10
+    noise = index_noise(torch.arange(2), (1, 28, 28), 0)
+    assert model(noise, torch.tensor([10, 900]), torch.tensor([3, 10])).isfinite().all()

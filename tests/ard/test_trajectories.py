@@ -1,0 +1,228 @@
+"""A recording is a function of its configuration, whoever makes it and however often it is stopped; damage is found."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ard.checkpoints import load_teacher
+from ard.data import index_noise
+from ard.diffusion import guided
+from ard.trajectories import RecordConfig, TrajectoryStore, record
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _command(config: RecordConfig, out: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "ard", "record", "--teacher", str(config.teacher), "--out", str(out),
+        "--samples", str(config.samples), "--shard-size", str(config.shard_size),
+        "--batch-size", str(config.batch_size),
+    ]  # fmt: skip
+
+
+def _copy(recording: RecordConfig, folder: Path) -> Path:
+    shutil.copytree(recording.out, folder / "copy")
+    return folder / "copy"
+
+
+def test_states_are_those_of_the_solver(recording: RecordConfig, store: TrajectoryStore) -> None:
+    """Every kept position of samples from all shards, in any order, against one run of the solver."""
+    model, diffusion = load_teacher(recording.teacher)
+    indices = torch.tensor([43, 0, 17, 16, 15])
+    times = diffusion.solver_times(25)
+    noise = index_noise(indices, (1, 28, 28), recording.seed).half()
+    labels = indices % 10
+    with torch.no_grad():
+        solved = list(diffusion.ddim(guided(model, 10, 1.5), noise.float(), labels, times))
+    # Position i holds x_t and the prediction made at times[i]; 25 is the noise, 0 the result (index -1).
+    by_position = {state.index: state for state in solved}
+    grid = (25, 20, 15, 10, 5, 0)
+    for name in ("x0", "xt"):
+        states, got_labels = store.states(indices, grid, name)  # type: ignore[arg-type]
+        assert torch.equal(got_labels, labels)
+        assert states.dtype == torch.float32
+        assert torch.equal(states[:, 0], noise.float())
+        middle = [by_position[i].x0 if name == "x0" else by_position[i].x for i in grid[1:-1]]
+        expected = torch.stack([*middle, by_position[-1].x], 1)  # type: ignore[list-item]
+        # Rounding to float16, of a solver run whose batches were others.
+        torch.testing.assert_close(
+            states[:, 1:], expected, rtol=2 * torch.finfo(torch.float16).eps, atol=1e-3
+        )
+    x0, _ = store.states(indices, grid, "x0")
+    xt, _ = store.states(indices, grid, "xt")
+    assert not torch.equal(x0, xt)
+
+
+def test_classes_are_balanced_and_the_manifest_tells_all(store: TrajectoryStore) -> None:
+    _, labels = store.states(torch.arange(40), (25, 0), "x0")
+    assert torch.bincount(labels, minlength=10).tolist() == [4] * 10
+    assert {"teacher", "solver", "solver_steps", "times", "guidance", "kept", "seed"} <= set(store.manifest)
+
+
+def test_a_resumed_recording_has_the_same_files(recording: RecordConfig, tmp_path: Path) -> None:
+    whole, copy = _files(recording.out), _copy(recording, tmp_path)
+    (copy / "shard-000001.safetensors").unlink()
+    (copy / "shard-000002.sha256").unlink()  # killed between the shard and its checksum
+    (copy / "shard-000000.safetensors").write_bytes(whole["shard-000000.safetensors"][:-7])
+    record(replace(recording, out=copy))
+    assert _files(copy) == whole
+
+
+def test_a_killed_recording_goes_on(recording: RecordConfig, tmp_path: Path) -> None:
+    """SIGKILL as soon as the first shard is there."""
+    out = tmp_path / "killed"
+    process = subprocess.Popen(_command(recording, out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (out / "shard-000000.safetensors").exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    record(replace(recording, out=out))
+    whole = _files(recording.out)
+    assert {name: data for name, data in _files(out).items() if not name.endswith(".tmp")} == whole
+
+
+def test_two_workers_write_the_same_files(recording: RecordConfig, tmp_path: Path) -> None:
+    out = tmp_path / "shared"
+    workers = [
+        subprocess.Popen(
+            _command(recording, out), env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for worker in workers:
+        assert worker.wait(120) == 0, worker.communicate()[1]
+    assert _files(out) == _files(recording.out)
+
+
+def test_batches_and_dtype_are_part_of_the_recording(recording: RecordConfig, tmp_path: Path) -> None:
+    """What could change a bit is in the manifest, so a continued recording cannot mix it."""
+    copy = _copy(recording, tmp_path)
+    before = _files(copy)
+    changes = (
+        {"samples": 45},
+        {"seed": 1},
+        {"guidance": 2.0},
+        {"batch_size": 16},
+        {"keep": "all"},
+        {"dtype": "float32"},
+    )
+    for change in changes:
+        with pytest.raises(ValueError, match="another recording .*name another folder with --out"):
+            record(replace(recording, out=copy, **change))  # type: ignore[arg-type]
+    assert _files(copy) == before
+
+
+def _damaged(recording: RecordConfig, folder: Path, name: str, other: RecordConfig) -> tuple[Path, str]:
+    """A copy whose second shard is damaged, and what must be said about it."""
+    copy = _copy(recording, folder)
+    shard = copy / "shard-000001.safetensors"
+    data = bytearray(shard.read_bytes())
+    if name == "truncated":
+        shard.write_bytes(data[: len(data) // 2])
+        return copy, "shard-000001.safetensors: truncated"
+    if name == "bit-flipped":
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+        return copy, "shard-000001.safetensors: corrupt, its bytes do not match shard-000001.sha256"
+    if name == "foreign":
+        for suffix in (".safetensors", ".sha256"):
+            shutil.copy((other.out / shard.name).with_suffix(suffix), shard.with_suffix(suffix))
+        return copy, "shard-000001.safetensors: belongs to another recording or place"
+    if name == "misplaced":
+        for suffix in (".safetensors", ".sha256"):
+            shutil.copy((copy / "shard-000000.x").with_suffix(suffix), shard.with_suffix(suffix))
+        return copy, "it holds samples from 0 on of manifest"
+    if name == "unchecked":
+        shard.with_suffix(".sha256").unlink()
+        return copy, "shard-000001.safetensors: shard-000001.sha256 is missing"
+    shard.unlink()
+    return copy, "1 shards are missing, first shard-000001.safetensors"
+
+
+@pytest.fixture(scope="module")
+def other(recording: RecordConfig, tmp_path_factory: pytest.TempPathFactory) -> RecordConfig:
+    config = replace(recording, out=tmp_path_factory.mktemp("other"), seed=1)
+    record(config)
+    return config
+
+
+@pytest.mark.parametrize("name", ["truncated", "bit-flipped", "foreign", "misplaced", "unchecked", "missing"])
+def test_damage_is_named_and_repaired(
+    recording: RecordConfig, other: RecordConfig, tmp_path: Path, name: str
+) -> None:
+    copy, message = _damaged(recording, tmp_path, name, other)
+    with pytest.raises(ValueError, match="run the same `ard record` again") as caught:
+        TrajectoryStore(copy).states(torch.arange(44), (25, 0), "x0")
+    assert message in str(caught.value)
+    record(replace(recording, out=copy))
+    assert _files(copy) == _files(recording.out)
+
+
+def test_no_store_and_another_format_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.json there; accepted is a folder written by"):
+        TrajectoryStore(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="format is 99, accepted is 1"):
+        TrajectoryStore(tmp_path)
+
+
+def test_grids_are_those_of_the_release(
+    recording: RecordConfig, store: TrajectoryStore, tmp_path: Path
+) -> None:
+    released = {1: (25, 0), 2: (25, 10, 0), 4: (25, 15, 10, 5, 0), 5: (25, 20, 15, 10, 5, 0)}
+    for steps, grid in released.items():
+        assert store.grid(steps) == grid
+    assert store.grid(3) == (25, 15, 10, 0)  # nearest to 25, 16.7, 8.3, 0
+    assert store.grid(2, (25, 20, 0)) == (25, 20, 0)
+    refused = {
+        (2, (25, 12, 0)): r"positions \[12\] were not kept",
+        (2, (25, 0)): r"accepted are 3 \(steps \+ 1\) descending positions from 25 to 0",
+        (3, (25, 5, 10, 0)): "descending",
+        (2, (20, 10, 0)): "from 25",
+        (8, None): r"accepted are 9 \(steps \+ 1\) descending",
+    }
+    for (steps, asked), message in refused.items():
+        with pytest.raises(ValueError, match=message):
+            store.grid(steps, asked)
+
+    everything = replace(recording, out=tmp_path, samples=10, keep="all")
+    record(everything)
+    assert TrajectoryStore(tmp_path).grid(8) == (25, 22, 19, 16, 13, 9, 6, 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("keep", "positions"), [("all", list(range(24, 0, -1))), ((3, 12), [12, 3]), ((), []), ("fifth", [20, 15, 10, 5])]
+)  # fmt: skip
+def test_kept_positions(
+    recording: RecordConfig, store: TrajectoryStore, tmp_path: Path, keep: object, positions: list[int]
+) -> None:
+    record(replace(recording, out=tmp_path, samples=16, keep=keep))  # type: ignore[arg-type]
+    kept = TrajectoryStore(tmp_path)
+    assert kept.manifest["kept"] == positions
+    assert load_file(tmp_path / "shard-000000.safetensors")["xt"].shape[1] == len(positions)
+    grid = (25, *positions, 0)
+    states, _ = kept.states(torch.arange(16), grid, "x0")
+    shared = [i for i in grid if i in (25, 20, 15, 10, 5, 0)]
+    wanted, _ = store.states(torch.arange(16), tuple(shared), "x0")
+    assert torch.equal(states[:, [grid.index(i) for i in shared]], wanted)
+
+
+def test_positions_that_the_solver_has_not_are_refused(recording: RecordConfig, tmp_path: Path) -> None:
+    for keep in ((25,), (0,)):
+        with pytest.raises(ValueError, match=r"keep is \(\d+,\), accepted are positions 1\.\.24"):
+            record(replace(recording, out=tmp_path / "refused", keep=keep))
+    assert not (tmp_path / "refused").exists()
