@@ -7,8 +7,9 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
+import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """Tensors as safetensors; what two names share is stored twice."""
     with replacing(path) as temporary:
         contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata)
+        try:
+            save_file(contiguous, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: could not be written ({error})") from None
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # like any other file; safetensors makes files for the owner alone
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -77,9 +84,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        with warnings.catch_warnings(action="ignore"):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a stranger's bytes make an unpickler do
+        # torch's own advice, to load it with its code after all, is left out.
+        found = re.search(r"WeightsUnpickler error: (Unsupported \w+: )?(.*?)(\. |\n|$)", str(error))
+        reason = found[2] if found else str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: refused, it is not a file of plain tensors ({reason[:160]})") from None
     for key in ("ema", "model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
@@ -138,27 +150,32 @@ def save_student(
     _save(folder, description, model.state_dict() if tensors is None else tensors)
 
 
-def _describe(folder: Path, wanted: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def _described(folder: Path, wanted: str) -> Iterator[dict[str, Any]]:
+    """The description in a folder; one that does not describe a model is an error in the block, too."""
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG} there; accepted is a folder written by this project")
     description = read_json(folder / CONFIG)
     found = description.get("class") if isinstance(description, dict) else None
     if found != wanted:
         raise ValueError(f"{folder / CONFIG}: holds a {found}, wanted is a {wanted}")
-    return dict(description)
+    try:
+        yield description
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / CONFIG}: does not describe a {wanted} ({error})") from None
 
 
 def load_teacher(folder: Path) -> tuple[DiT, Diffusion]:
     """The DiT of a folder, in evaluation mode and without gradients, and its noise schedule."""
-    description = _describe(folder, "DiT")
-    model = DiT(**description["config"])
+    with _described(folder, "DiT") as description:
+        model, diffusion = DiT(**description["config"]), Diffusion(**description["diffusion"])
     load_weights(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
-    return model.eval().requires_grad_(False), Diffusion(**description["diffusion"])
+    return model.eval().requires_grad_(False), diffusion
 
 
 def load_student(folder: Path) -> tuple[ARDTransformer, dict[str, Any]]:
     """The student of a folder, in evaluation mode and without gradients, and what it was trained on."""
-    description = _describe(folder, "ARDTransformer")
-    model = ARDTransformer(**description["config"])
+    with _described(folder, "ARDTransformer") as description:
+        model, trajectories = ARDTransformer(**description["config"]), description["trajectories"]
     load_weights(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
-    return model.eval().requires_grad_(False), description["trajectories"]
+    return model.eval().requires_grad_(False), trajectories

@@ -240,7 +240,7 @@ class FlopsConfig:
 def run(config: FlopsConfig) -> None:
     """Print the costs that `config` asks for, and write them to `config.out`."""
     if config.model not in PRESETS:
-        raise ValueError(f"ard flops: model is {config.model!r}, accepted are {', '.join(PRESETS)}")
+        raise ValueError(f"model is {config.model!r}, accepted are {', '.join(PRESETS)}")
     rows = published_table() if config == FlopsConfig(out=config.out) else []
     if rows:
         print('10^9 multiply-accumulates a sample, DiT-XL/2 at 256 px (published as "GFLOPs")\n')

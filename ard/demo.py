@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ from ard.trajectories import RecordConfig, TrajectoryStore, record
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Distil the embedded Fashion-MNIST teacher twice at the same budget, without history (step distillation) and
-    with (ARD), and write report.html. A demo that was stopped goes on where it was."""
+    """Distil the embedded Fashion-MNIST teacher twice at the same budget, without history (step distillation)
+    and with (ARD), and write report.html. A demo that was stopped goes on where it was."""
 
     out: Path = Path("runs/demo")
     """Folder of everything the demo makes."""
@@ -75,15 +76,27 @@ class DemoConfig:
 
 def _student_config(config: DemoConfig, name: str, layers: int) -> DistillConfig:
     every = -(-config.iterations // config.curve_points)
+    optimisation = Optimisation(
+        iterations=config.iterations,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        lr_schedule="cosine",
+        warmup=min(100, config.iterations // 10),
+        ema=config.ema,
+        log_every=max(1, min(50, config.iterations // 20)),
+        checkpoint_every=every,
+        keep_checkpoints=config.curve_points,
+        sample_every=every,
+        seed=config.seed,
+    )
     return DistillConfig(
-        teacher=config.teacher, trajectories=config.out / "trajectories", out=config.out / name, steps=config.steps,
+        teacher=config.teacher,
+        trajectories=config.out / "trajectories",
+        out=config.out / name,
+        steps=config.steps,
         history_layers=layers,
-        optimisation=Optimisation(
-            iterations=config.iterations, batch_size=config.batch_size, lr=config.lr, lr_schedule="cosine",
-            warmup=min(100, config.iterations // 10), ema=config.ema, log_every=max(1, min(50, config.iterations // 20)),
-            checkpoint_every=every, keep_checkpoints=config.curve_points, sample_every=every, seed=config.seed,
-        ),
-    )  # fmt: skip
+        optimisation=optimisation,
+    )
 
 
 def _curve(config: DemoConfig, run: Path) -> list[dict[str, Any]]:
@@ -120,9 +133,7 @@ def demo(config: DemoConfig) -> None:
                                 (held_out, config.held_out, config.seed + 1)):  # fmt: skip
         size = -(-count // 4) if count > 400 else count  # a stopped recording loses at most a quarter
         record(
-            RecordConfig(
-                config.teacher, folder, samples=count, shard_size=size, precision="bf16", seed=seed
-            )
+            RecordConfig(config.teacher, folder, samples=count, shard_size=size, precision="bf16", seed=seed)
         )
     names = {"step distillation (N=0)": 0, f"ARD (N={config.history_layers})": config.history_layers}
     runs = {name: config.out / ("ard" if layers else "step-distillation") for name, layers in names.items()}
@@ -146,7 +157,7 @@ def demo(config: DemoConfig) -> None:
             return [*diffusion.ddim(denoise, noise, labels, times)]
 
     seconds = _seconds(
-        {"teacher": run_teacher, **{n: lambda s=s: sample(s, noise, labels) for n, s in students.items()}}
+        {"teacher": run_teacher, **{n: partial(sample, s, noise, labels) for n, s in students.items()}}
     )
     paths = {name: sample(student, noise, labels) for name, student in students.items()}
     macs = {
@@ -181,8 +192,9 @@ def demo(config: DemoConfig) -> None:
 
 def _summary(result: dict[str, Any]) -> str:
     return (
-        f"{result['iterations']} iterations each, seed {result['seed']}, {result['rows'][0]['samples']} held-out samples; "
-        f"Frechet distance in the features of: {result['features']}. Excess over the teacher, ARD / step distillation: "
+        f"{result['iterations']} iterations each, seed {result['seed']}, "
+        f"{result['rows'][0]['samples']} held-out samples; Frechet distance in the features of: "
+        f"{result['features']}. Excess over the teacher, ARD / step distillation: "
         f"{result['excess_ratio']:.2f}."
     )
 
@@ -192,16 +204,23 @@ _COLUMNS = ("", "Frechet", "precision", "recall", "MMAC", "ms/sample", "error pe
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
-        row["name"], f"{row['frechet']:.2f}", f"{row['precision']:.3f}", f"{row['recall']:.3f}", f"{row['mmac']:.1f}",
-        f"{row['ms_per_sample']:.2f}", " ".join(f"{e:.4f}" for e in row["errors"]),
-    )  # fmt: skip
+        row["name"],
+        f"{row['frechet']:.2f}",
+        f"{row['precision']:.3f}",
+        f"{row['recall']:.3f}",
+        f"{row['mmac']:.1f}",
+        f"{row['ms_per_sample']:.2f}",
+        " ".join(f"{e:.4f}" for e in row["errors"]),
+    )
 
 
 def _table(result: dict[str, Any]) -> str:
-    lines = [_COLUMNS, *(_cells(row) for row in result["rows"])]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
-    body = "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-                     for line in lines)  # fmt: skip
+    columns = list(zip(_COLUMNS, *(_cells(row) for row in result["rows"]), strict=True))
+    padded = []
+    for i, cells in enumerate(columns):
+        width = max(map(len, cells))
+        padded.append([cell.ljust(width) if i == 0 else cell.rjust(width) for cell in cells])
+    body = "\n".join("  ".join(line) for line in zip(*padded, strict=True))
     return f"\n{body}\n{_summary(result)}"
 
 
@@ -290,12 +309,13 @@ def _report(config: DemoConfig, result: dict[str, Any], pictures: dict[str, byte
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>ARD demo</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}}
-img{{max-width:100%;image-rendering:pixelated}} td,th{{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}}
+img{{max-width:100%;image-rendering:pixelated}}
+td,th{{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}}
 td:first-child{{text-align:left}}</style>
 <h1>Autoregressive distillation of a diffusion transformer</h1>
-<p>{html.escape(_summary(result))} The students' cost is that of {config.steps} network evaluations; the teacher's of 50.</p>
+<p>{html.escape(_summary(result))} A student's cost is that of {config.steps} network evaluations.</p>
 <table><tr>{head}</tr>{body}</table>
 {figures}
-<p>{html.escape(str(result["versions"]))}; {result["seconds"]:.0f} s in all.</p>
+<p>{html.escape(str(result["versions"]))}; the demo took {result["seconds"]:.0f} s.</p>
 </html>
 """

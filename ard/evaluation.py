@@ -186,6 +186,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError(
             f"evaluate: samples is {count}, accepted are 2..{len(store)}, what {store.folder} holds"
         )
+    if config.batch_size < 1:
+        raise ValueError(f"evaluate: batch_size is {config.batch_size}, accepted is an integer >= 1")
     if trained["teacher"] != store.manifest["teacher"]:
         raise ValueError(f"{store.folder}: was recorded from another teacher than the student's")
     extractor = (

@@ -111,7 +111,8 @@ class Run:
         return step, groups
 
     def open_log(self, step: int) -> None:
-        """Logs start after `step`: what a killed run logged beyond its last checkpoint, or left half written, goes."""
+        """Logs start after `step`: what a killed run logged beyond its last checkpoint, or left half
+        written, goes."""
         if not self.main:
             return
         for remains in self.folder.rglob(".*.tmp"):  # see `replacing`

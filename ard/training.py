@@ -162,49 +162,50 @@ def fit(
     model.train()
     run.open_log(start)
     bar = tqdm(total=o.iterations, initial=start, desc=run.folder.name, disable=not run.main, mininterval=1.0)
-    for step in range(start, o.iterations):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(o, step)
-        torch.manual_seed(hash((o.seed, step, accelerator.process_index)))
-        total, terms = torch.zeros(()), torch.zeros(())
-        order = shuffled(step * o.batch_size, o.batch_size, size, o.seed)
-        parts = order.view(o.accumulate, accelerator.num_processes, share)[:, accelerator.process_index]
-        for i, indices in enumerate(parts):
-            batch = tuple(x.to(accelerator.device, non_blocking=True) for x in fetch(indices))
-            last = i == len(parts) - 1  # of the accumulated passes, the last alone reduces over processes
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                loss, part = loss_of(model, batch)
-                accelerator.backward(loss / o.accumulate)
-            total, terms = total + loss.detach() / o.accumulate, terms + part.detach() / o.accumulate
-        norm = accelerator.clip_grad_norm_(trained, o.clip)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        ema.update(step)
-        done = step + 1
-        bar.update()
-        logs, keeps = (
-            done % every == 0 or done == o.iterations for every in (o.log_every, o.checkpoint_every)
-        )
-        value = float(total) if logs or keeps else 0.0  # on a GPU, reading it waits for the step
-        if not math.isfinite(value):
-            raise ValueError(f"{run.folder}: the loss is {value} at step {done}; try a lower --lr or --clip")
-        if logs:
-            bar.set_postfix(loss=f"{value:.4f}")
-            run.log(done, {"loss": value, "terms": terms.tolist(), "norm": float(norm),
-                           "lr": learning_rate(o, step)})  # fmt: skip
-        if run.main and o.sample_every and (done % o.sample_every == 0 or done == o.iterations):
-            picture = _with_weights(bare, ema, preview)
-            save_png(run.folder / "samples" / f"step-{done:08d}.png", picture)
-            run.log_image(done, "samples", picture)
-        if run.main and keeps:
-            groups = {
-                "model": bare.state_dict(),
-                "ema": ema.average,
-                "optimiser": _optimiser_tensors(optimiser),
-            }
-            run.save_checkpoint(done, groups, o.keep_checkpoints)
-    bar.close()
-    run.close()
+    with bar, contextlib.closing(run):
+        for step in range(start, o.iterations):
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(o, step)
+            torch.manual_seed(hash((o.seed, step, accelerator.process_index)))
+            total, terms = torch.zeros(()), torch.zeros(())
+            order = shuffled(step * o.batch_size, o.batch_size, size, o.seed)
+            parts = order.view(o.accumulate, accelerator.num_processes, share)[:, accelerator.process_index]
+            for i, indices in enumerate(parts):
+                batch = tuple(x.to(accelerator.device, non_blocking=True) for x in fetch(indices))
+                last = i == len(parts) - 1  # of the accumulated passes, the last alone reduces over processes
+                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                    loss, part = loss_of(model, batch)
+                    accelerator.backward(loss / o.accumulate)
+                total, terms = total + loss.detach() / o.accumulate, terms + part.detach() / o.accumulate
+            norm = accelerator.clip_grad_norm_(trained, o.clip)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            ema.update(step)
+            done = step + 1
+            bar.update()
+            logs, keeps = (
+                done % every == 0 or done == o.iterations for every in (o.log_every, o.checkpoint_every)
+            )
+            value = float(total) if logs or keeps else 0.0  # on a GPU, reading it waits for the step
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{run.folder}: the loss is {value} at step {done}; try a lower --lr or --clip"
+                )
+            if logs:
+                bar.set_postfix(loss=f"{value:.4f}")
+                run.log(done, {"loss": value, "terms": terms.tolist(), "norm": float(norm),
+                               "lr": learning_rate(o, step)})  # fmt: skip
+            if run.main and o.sample_every and (done % o.sample_every == 0 or done == o.iterations):
+                picture = _with_weights(bare, ema, preview)
+                save_png(run.folder / "samples" / f"step-{done:08d}.png", picture)
+                run.log_image(done, "samples", picture)
+            if run.main and keeps:
+                groups = {
+                    "model": bare.state_dict(),
+                    "ema": ema.average,
+                    "optimiser": _optimiser_tensors(optimiser),
+                }
+                run.save_checkpoint(done, groups, o.keep_checkpoints)
     accelerator.wait_for_everyone()
     return ema.state(bare)
 
@@ -223,7 +224,8 @@ def _with_weights(model: nn.Module, ema: _EMA, use: Callable[[nn.Module], Tensor
 
 
 def accelerator_for(o: Optimisation) -> Accelerator:
-    """The processes and the precision to train with; options that cannot work are an error here, before any file."""
+    """The processes and the precision to train with; options that cannot work are an error here, before
+    any file."""
     for name in (
         "iterations",
         "batch_size",
@@ -290,13 +292,13 @@ def train_teacher(config: TrainTeacherConfig) -> None:
     o = config.optimisation
     accelerator = accelerator_for(o)
     images = load_images(config.dataset, train=True, folder=config.data)
-    run = Run(config.out, "train-teacher", config, accelerator.is_main_process)
     torch.manual_seed(o.seed)
     model = DiT(
         input_size=(28, 28), patch_size=config.patch_size, channels=1, width=config.width, depth=config.depth,
         heads=config.heads, num_classes=10, null_class=True, learn_sigma=False,
     )  # fmt: skip
     diffusion = Diffusion(config.noise_schedule, config.prediction)
+    run = Run(config.out, "train-teacher", config, accelerator.is_main_process)
 
     def loss_of(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         pixels, labels = batch

@@ -89,9 +89,10 @@ def _label(identity: str, first: int) -> str:
 
 
 def _problem(path: Path, identity: str, first: int) -> str | None:
-    """What is wrong, if anything, with the shard that starts at sample `first` of this manifest's recording."""
+    """What is wrong, if anything, with the shard that starts at sample `first` of this manifest's
+    recording."""
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             label = (file.metadata() or {}).get(_LABEL)
     except (SafetensorError, OSError) as error:
         return f"truncated or not safetensors ({error})"
@@ -238,6 +239,8 @@ class TrajectoryStore:
 
         Default: the released recipe's where it has one, else the kept positions nearest to an even spacing.
         """
+        if steps < 1:
+            raise ValueError(f"grid: steps is {steps}, accepted is an integer >= 1")
         top = self.manifest["solver_steps"]
         available = [top, *self.manifest["kept"], 0]
         if asked is None and top == 25 and set(_RELEASED.get(steps, (-1,))) <= set(available):

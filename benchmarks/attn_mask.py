@@ -1,8 +1,10 @@
-"""Block attention: a picture of the four masks, a check against the reference, and time against what PyTorch offers.
+"""Block attention: a picture of the four masks, a check against the reference, and time against what
+PyTorch offers.
 
     python benchmarks/attn_mask.py [--shapes small|default] [--dtype bfloat16] [--out FILE]
 
-Peers are dense-mask SDPA and compiled FlexAttention, both given their mask ready made. A peer that fails says why.
+Peers are dense-mask SDPA and compiled FlexAttention, both given their mask ready made. A peer that fails
+says why.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What every benchmark needs: alternating medians, a record of where it ran, and files that are never half written."""
+"""What every benchmark needs: alternating medians, a record of where it ran, and files that are never
+half written."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def synchronize() -> None:
 def medians(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median seconds of one call of each candidate, by name.
 
-    Every candidate runs once unmeasured. Then candidates alternate, one call each per round, the order reversed every
+    Every candidate runs once unmeasured. Then candidates alternate, one call each per round, the order
+    reversed every
     other round: a slow moment of a shared machine falls on all of them, and none always follows the same one.
     """
     for run in candidates.values():

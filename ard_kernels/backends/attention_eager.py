@@ -13,13 +13,15 @@ _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 # Keys per query up to which plain matmuls beat PyTorch's fused CPU attention in half precision, forward +
-# backward on 2 AMD EPYC cores: 1.0 against 9.5 ms at 16 keys, 16 against 29 at 64, 16 against 32 at 256 (head dim
+# backward on 2 AMD EPYC cores: 1.0 against 9.5 ms at 16 keys, 16 against 29 at 64, 16 against 32 at 256
+# (head dim
 # 64), 100 against 91 at 1024. In float32 the fused kernel won at every length (11 against 18 ms at 64 keys,
 # 124 against 279 at 1024).
 _MATMUL_KEYS = 512
 
 # Elements of a score matrix worked on at once. Forward + backward in bf16, head dim 64, on 2 AMD EPYC
-# cores with 1 MiB of L2 each: 16 samples of 256 tokens, 6 heads took 26 ms with 2^18, 20 with 2^19, 19 with 2^20,
+# cores with 1 MiB of L2 each: 16 samples of 256 tokens, 6 heads took 26 ms with 2^18, 20 with 2^19, 19
+# with 2^20,
 # 24 with 2^21, 29 with 2^22, 42 unbounded. Blocks of 64 and of 16 tokens: within 6 % from 2^19 on.
 _SCORES = {"cpu": 1 << 20, "cuda": 1 << 28}
 

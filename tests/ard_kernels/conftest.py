@@ -26,11 +26,15 @@ def poisoned_memory() -> Iterator[None]:
 def _assert_accurate(
     got: Sequence[Tensor], exact: Sequence[Tensor], plain: Sequence[Tensor], units: float
 ) -> None:
-    """Each tensor of `got` against `exact` (float64) and against `plain`, the dense composition in got's dtype.
+    """Each tensor of `got` against `exact` (float64) and against `plain`, the dense composition in got's
+    dtype.
 
-    The largest error is at most `units` machine epsilons of the largest exact value, or of 1 where that is smaller:
-    inputs are unit normal, so 1 is the size of the terms that cancel to a small result. Below float64 the root mean
-    square error is at most 1.5 times that of `plain`, or one epsilon where `plain` happens to be exact (with a single
+    The largest error is at most `units` machine epsilons of the largest exact value, or of 1 where that
+    is smaller:
+    inputs are unit normal, so 1 is the size of the terms that cancel to a small result. Below float64
+    the root mean
+    square error is at most 1.5 times that of `plain`, or two epsilons where `plain` happens to be exact
+    (with a single
     visible key its gradients of q and k are zero, and a fused kernel's are a rounding error).
     """
     assert len(got) == len(exact) == len(plain)
@@ -42,11 +46,9 @@ def _assert_accurate(
         error, dense = (g.double() - e) / unit, (p.double() - e) / unit
         largest = float(error.abs().max())
         rms, dense_rms = (float(x.square().mean().sqrt()) for x in (error, dense))
-        assert largest <= units, (
-            f"tensor {i}: error {largest:.2f} eps, allowed {units}"
-        )
+        assert largest <= units, f"tensor {i}: error {largest:.2f} eps, allowed {units}"
         if g.dtype != torch.float64:
-            assert rms <= max(1.5 * dense_rms, 1.0), (
+            assert rms <= max(1.5 * dense_rms, 2.0), (
                 f"tensor {i}: rms error {rms:.3f} eps, dense composition {dense_rms:.3f}"
             )
 

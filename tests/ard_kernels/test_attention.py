@@ -42,8 +42,8 @@ def _run(
 
 
 def _check(
-    assert_accurate: Callable[..., None], ours: Attention, meaning: Attention, inputs: tuple[Tensor, ...], *args: Any,
-    **kwargs: Any,
+    assert_accurate: Callable[..., None], ours: Attention, meaning: Attention, inputs: tuple[Tensor, ...],
+    *args: Any, **kwargs: Any,
 ) -> None:  # fmt: skip
     dout = _normal(*inputs[0].shape, dtype=inputs[0].dtype, seed=1)
     got = _run(ours, inputs, dout, *args, **kwargs)

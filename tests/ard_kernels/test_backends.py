@@ -47,7 +47,7 @@ def test_every_available_backend_can_be_forced() -> None:
 def test_unknown_backend_is_named() -> None:
     before = chosen()
     with (
-        pytest.raises(ValueError, match="^use_backend: backend is 'fast', accepted are 'eager'"),
+        pytest.raises(ValueError, match=r"^use_backend: backend is 'fast', accepted are 'eager'"),
         use_backend("fast"),
     ):
         pytest.fail("the block ran")
