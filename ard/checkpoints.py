@@ -91,7 +91,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # whatever a stranger's bytes make an unpickler do
         # torch's own advice, to load it with its code after all, is left out.
         found = re.search(r"WeightsUnpickler error: (Unsupported \w+: )?(.*?)(\. |\n|$)", str(error))
-        reason = found[2] if found else str(error).partition("\n")[0] or type(error).__name__
+        reason = (found[2] if found else str(error).partition("\n")[0]) or type(error).__name__
         raise ValueError(f"{path}: refused, it is not a file of plain tensors ({reason[:160]})") from None
     for key in ("ema", "model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):

@@ -31,7 +31,8 @@ class ConvertConfig:
 
 
 def convert(config: ConvertConfig) -> None:
+    tensors = read_tensors(config.weights)
     model = DiT.from_preset(config.preset, config.input_size, num_classes=config.num_classes)
-    load_weights(model, read_tensors(config.weights), config.weights)
+    load_weights(model, tensors, config.weights)
     save_teacher(config.out, model, Diffusion(config.noise_schedule, config.prediction))
     print(f"teacher: {config.out}")

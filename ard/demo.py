@@ -28,6 +28,7 @@ from ard.checkpoints import (
     load_teacher,
     read_json,
     read_tensors,
+    replacing,
     save_student,
     write_json,
     write_text,
@@ -50,7 +51,7 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """Folder of everything the demo makes."""
-    iterations: int = 2000
+    iterations: int = 1500
     """Training iterations of each student."""
     samples: int = 3000
     """Trajectories to train on."""
@@ -185,6 +186,10 @@ def demo(config: DemoConfig) -> None:
         "Loss of every step over training": _loss_figure(runs),
         "Error against the teacher, per step": _error_figure(rows),
     }
+    for title, data in pictures.items():
+        name = title.lower().replace(",", "").replace(" ", "-")
+        with replacing(config.out / "pictures" / f"{name}.png") as temporary:
+            temporary.write_bytes(data)
     write_text(config.out / "report.html", _report(config, result, pictures))
     print(_table(result))
     print(f"report: {config.out / 'report.html'}")

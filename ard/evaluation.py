@@ -149,6 +149,11 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
 def image_metrics(images: Tensor, extractor: Extractor, reference: Statistics) -> dict[str, float]:
     """Frechet distance, precision and recall of images (n, C, h, w) uint8."""
     features = extract(extractor, images)
+    if features.shape[1] != len(reference.mean):
+        raise ValueError(
+            f"evaluate: {extractor.name} makes {features.shape[1]} features, the reference has "
+            f"{len(reference.mean)}; make one in the same features with `ard statistics`"
+        )
     own = Statistics.of(features, 0)
     precision, recall = precision_recall(features, reference.features)
     distance = frechet_distance(own.mean, own.covariance, reference.mean, reference.covariance)
@@ -182,9 +187,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     student, trained = load_student(config.student)
     store = TrajectoryStore(config.trajectories)
     count = len(store) if config.samples is None else config.samples
-    if not 2 <= count <= len(store):
+    fewest = _NEIGHBOURS + 1
+    if not fewest <= count <= len(store):
         raise ValueError(
-            f"evaluate: samples is {count}, accepted are 2..{len(store)}, what {store.folder} holds"
+            f"evaluate: samples is {count}, accepted are {fewest}..{len(store)}, what {store.folder} holds"
         )
     if config.batch_size < 1:
         raise ValueError(f"evaluate: batch_size is {config.batch_size}, accepted is an integer >= 1")

@@ -1,39 +1,26 @@
-"""A tiny teacher, its trajectories and a student, made once for the whole session; tests must not write to them."""
+"""A tiny teacher, its trajectories and a student, made once for the whole session; tests must not write to
+them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import nn
+from accelerate.state import AcceleratorState
+from tiny import randomise, tiny_teacher
 
 from ard.checkpoints import save_student, save_teacher
 from ard.diffusion import Diffusion
-from ard.models import ARDTransformer, DiT
+from ard.models import ARDTransformer
 from ard.trajectories import RecordConfig, TrajectoryStore, record
 
-# 16 tokens a state. Width 32 keeps a pass at about a millisecond.
-TINY: dict[str, Any] = {
-    "input_size": 28, "patch_size": 7, "channels": 1, "width": 32, "depth": 2, "heads": 2, "num_classes": 10,
-    "learn_sigma": False,
-}  # fmt: skip
 
-
-def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Weights without zeros: a fresh DiT predicts zero whatever its input is."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def tiny_teacher(seed: int = 0, **options: Any) -> DiT:
-    teacher = DiT(**{**TINY, **options})
-    randomise(teacher, seed)
-    return teacher
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the first precision that it was asked for as long as the process lives."""
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")

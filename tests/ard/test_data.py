@@ -1,4 +1,5 @@
-"""Data order and noise depend on the position and the index alone; files that are not what they say are refused."""
+"""Data order and noise depend on the position and the index alone; files that are not what they say are
+refused."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def _fashion(folder: Path, count: int = 7) -> tuple[np.ndarray, np.ndarray]:
 
 
 @given(
-    size=st.integers(1, 40), seed=st.integers(0, 2**40), cuts=st.lists(st.integers(1, 30), min_size=1, max_size=8)
+    size=st.integers(1, 40), seed=st.integers(0, 2**40),
+    cuts=st.lists(st.integers(1, 30), min_size=1, max_size=8)
 )  # fmt: skip
 @settings(deadline=None, derandomize=True, max_examples=60)
 def test_the_order_is_a_permutation_each_epoch_however_it_is_read(
@@ -63,7 +65,7 @@ def test_noise_of_an_index_does_not_depend_on_its_batch() -> None:
 
 def test_noise_is_standard_normal_and_uncorrelated_between_indices() -> None:
     noise = index_noise(torch.arange(200), (1000,), seed=0).double()
-    # Six standard errors: of a mean of 200,000, of their variance, of the largest of 19,900 correlations of 1000.
+    # Six standard errors: of a mean of 200,000, of their variance, of a correlation of 1000.
     assert abs(noise.mean()) < 6 / 200_000**0.5
     assert abs(noise.var() - 1) < 6 * (2 / 200_000) ** 0.5
     correlations = torch.corrcoef(noise) - torch.eye(200)

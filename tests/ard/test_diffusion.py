@@ -1,7 +1,9 @@
-"""The teacher's process is diffusers' DDIM, the public DiT's guidance, and a solver of the probability-flow ODE."""
+"""The teacher's process is diffusers' DDIM, the public DiT's guidance, and a solver of the probability-flow
+ODE."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, get_args
 
 import pytest
@@ -28,8 +30,8 @@ def _network(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
 def _scheduler(schedule: str, prediction: str, spacing: str, steps: int) -> Any:
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDIMScheduler(
-        beta_start=1e-4, beta_end=0.02, beta_schedule=_DIFFUSERS[schedule], clip_sample=False, set_alpha_to_one=True,
-        prediction_type=_DIFFUSERS[prediction], timestep_spacing=spacing,
+        beta_start=1e-4, beta_end=0.02, beta_schedule=_DIFFUSERS[schedule], clip_sample=False,
+        set_alpha_to_one=True, prediction_type=_DIFFUSERS[prediction], timestep_spacing=spacing,
     )  # fmt: skip
     scheduler.set_timesteps(steps)
     return scheduler
@@ -37,8 +39,8 @@ def _scheduler(schedule: str, prediction: str, spacing: str, steps: int) -> Any:
 
 @pytest.mark.parametrize("schedule", get_args(Schedule))
 def test_schedule_is_that_of_diffusers(schedule: Schedule) -> None:
-    """diffusers rounds every beta to float32 (half an epsilon), takes 1 - beta and a product of up to 1000 of them in
-    float32: 1000 roundings of half an epsilon relative to a factor, twice."""
+    """diffusers rounds every beta to float32 (half an epsilon), takes 1 - beta and a product of up to 1000 of
+    them in float32: 1000 roundings of half an epsilon relative to a factor, twice."""
     theirs = _scheduler(schedule, "eps", "leading", 10).alphas_cumprod.double()
     bound = 1000 * torch.finfo(torch.float32).eps
     torch.testing.assert_close(Diffusion(schedule).alphas_cumprod, theirs, rtol=bound, atol=bound * 1e-2)
@@ -50,8 +52,8 @@ def test_schedule_is_that_of_diffusers(schedule: Schedule) -> None:
 def test_ddim_is_that_of_diffusers(schedule: Schedule, prediction: Prediction, spacing: str) -> None:
     """Every state and x0-prediction of 20 steps, in float64, given the same alphas.
 
-    "linspace" is left out: diffusers then takes t - 1000 // steps as the time that follows t, which is not the next
-    of its own list; the DiT release takes the next one of the list, as we do.
+    "linspace" is left out: diffusers then takes t - 1000 // steps as the time that follows t, which is not
+    the next of its own list; the DiT release takes the next one of the list, as we do.
     """
     ours, theirs = Diffusion(schedule, prediction), _scheduler(schedule, prediction, spacing, 20)
     theirs.alphas_cumprod = ours.alphas_cumprod
@@ -83,7 +85,8 @@ def test_solver_times_are_those_of_the_release() -> None:
 
 @pytest.mark.parametrize("prediction", get_args(Prediction))
 def test_split_inverts_noising_and_target(prediction: Prediction) -> None:
-    """What a perfect network says at x_t gives back the image and the noise x_t was made of, variance dropped."""
+    """What a perfect network says at x_t gives back the image and the noise x_t was made of, variance
+    dropped."""
     diffusion = Diffusion("linear", prediction)
     x0, noise, t = _randn(5, 3, 4, 4), _randn(5, 3, 4, 4, seed=1), torch.tensor([0, 10, 300, 700, 999])
     x = diffusion.add_noise(x0, noise, t)
@@ -97,7 +100,8 @@ def test_split_inverts_noising_and_target(prediction: Prediction) -> None:
 
 @pytest.mark.parametrize("schedule", get_args(Schedule))
 def test_ddim_solves_the_ode_of_gaussian_data(schedule: Schedule) -> None:
-    """For data N(m, s^2) the ODE keeps (x_t - sqrt(a) m) / sqrt(a s^2 + 1 - a) constant; Euler steps err as 1/steps."""
+    """For data N(m, s^2) the ODE keeps (x_t - sqrt(a) m) / sqrt(a s^2 + 1 - a) constant; Euler steps err as
+    1/steps."""
     diffusion, m, s = Diffusion(schedule, "x0"), 0.7, 0.5
     a = diffusion.alphas_cumprod
 
@@ -114,12 +118,13 @@ def test_ddim_solves_the_ode_of_gaussian_data(schedule: Schedule) -> None:
 
     errors = [error(steps) for steps in (60, 120, 240)]
     assert errors[2] < 0.02
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert 1.7 < coarse / fine < 2.3
 
 
 def test_guidance_is_that_of_the_dit_release() -> None:
-    """`DiT.forward_with_cfg`: 3 of 4 channels guided; the fourth and the variance are the conditional prediction."""
+    """`DiT.forward_with_cfg`: 3 of 4 channels guided; the fourth and the variance are the conditional
+    prediction."""
     null, scale = 9, 1.5
 
     def model(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,16 +31,9 @@ from ard.training import (
 )
 from ard.trajectories import RecordConfig, TrajectoryStore
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps the first precision that it was asked for as long as the process lives."""
-    yield
-    AcceleratorState._reset_state()
-
-
 _SHORT = Optimisation(
-    iterations=6, batch_size=8, lr=1e-3, ema=0.9, precision="no", log_every=2, checkpoint_every=3, sample_every=0
+    iterations=6, batch_size=8, lr=1e-3, ema=0.9, precision="no", log_every=2, checkpoint_every=3,
+    sample_every=0
 )  # fmt: skip
 
 
@@ -61,7 +53,7 @@ def _log(out: Path) -> list[dict[str, float]]:
 
 # A checkpoint every other step of a few milliseconds: a random moment is often inside the writing of one.
 _KILLED = Optimisation(
-    iterations=60, batch_size=8, accumulate=2, lr=1e-3, lr_schedule="cosine", warmup=5, ema=0.9, log_every=3,
+    iterations=100, batch_size=8, accumulate=2, lr=1e-3, lr_schedule="cosine", warmup=5, ema=0.9, log_every=3,
     checkpoint_every=2, keep_checkpoints=1, sample_every=10,
 )  # fmt: skip
 
@@ -69,7 +61,7 @@ _KILLED = Optimisation(
 def _command(recording: RecordConfig, out: Path) -> list[str]:
     options = [
         "--teacher", recording.teacher, "--trajectories", recording.out, "--out", out, "--history-layers", 2,
-        "--iterations", 60, "--batch-size", 8, "--accumulate", 2, "--lr", 1e-3, "--lr-schedule", "cosine",
+        "--iterations", 100, "--batch-size", 8, "--accumulate", 2, "--lr", 1e-3, "--lr-schedule", "cosine",
         "--warmup", 5, "--ema", 0.9, "--log-every", 3, "--checkpoint-every", 2, "--keep-checkpoints", 1,
         "--sample-every", 10,
     ]  # fmt: skip
@@ -104,10 +96,10 @@ def test_a_killed_run_ends_as_if_it_had_not_been(recording: RecordConfig, tmp_pa
         "student/model.safetensors",
         "student/config.json",
         "log.jsonl",
-        "samples/step-00000060.png",
+        "samples/step-00000100.png",
     ):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    assert [path.name for path in checkpoints.iterdir()] == ["step-00000060"]
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000100"]
     assert not [*out.rglob("*.tmp")], "remains of a killed write"
 
 
@@ -208,9 +200,9 @@ def test_a_damaged_checkpoint_is_refused(recording: RecordConfig, tmp_path: Path
 
 @pytest.mark.parametrize(
     "options",
-    [{"steps": 1}, {"steps": 4, "history_layers": 0}, {"state": "xt", "mask": "window"}, {"per_step_final": False},
-     {"steps": 2, "grid": (25, 20, 0), "mask": "anchor"}],
-    ids=["knowledge distillation", "step distillation", "xt and window", "shared final layer", "grid and anchor"],
+    [{"steps": 1}, {"steps": 4, "history_layers": 0}, {"state": "xt", "mask": "window"},
+     {"per_step_final": False}, {"steps": 2, "grid": (25, 20, 0), "mask": "anchor"}],
+    ids=["KD", "step distillation", "xt and window", "shared final layer", "grid and anchor"],
 )  # fmt: skip
 def test_variants_learn(recording: RecordConfig, tmp_path: Path, options: dict[str, object]) -> None:
     """The loss falls by a tenth at least in 30 steps on 44 trajectories, and the student says what it is."""
@@ -253,7 +245,8 @@ def test_compiled_training_is_training(recording: RecordConfig, tmp_path: Path) 
 def test_a_loss_that_is_not_a_number_stops_the_run(
     recording: RecordConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the next line of the log or checkpoint, whichever is first: no checkpoint ever holds such weights."""
+    """At the next line of the log or checkpoint, whichever is first: no checkpoint ever holds such
+    weights."""
     from ard import training
 
     calls = iter(range(1000))
@@ -288,10 +281,12 @@ def test_options_that_cannot_work_leave_no_run(
 
 
 def test_a_teacher_learns_and_goes_on(tmp_path: Path) -> None:
-    """A teacher of 4 + 4 steps is the teacher of 8 steps: its noise, times and dropped classes depend on the step."""
+    """A teacher of 4 + 4 steps is the teacher of 8 steps: its noise, times and dropped classes depend on the
+    step."""
     pytest.importorskip("sklearn")
     o = Optimisation(
-        iterations=8, batch_size=16, ema=0.5, log_every=1, checkpoint_every=4, keep_checkpoints=9, sample_every=4
+        iterations=8, batch_size=16, ema=0.5, log_every=1, checkpoint_every=4, keep_checkpoints=9,
+        sample_every=4
     )  # fmt: skip
     config = TrainTeacherConfig(
         tmp_path / "whole", "digits", width=32, depth=2, heads=2, prediction="v", optimisation=o

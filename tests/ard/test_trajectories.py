@@ -1,4 +1,5 @@
-"""A recording is a function of its configuration, whoever makes it and however often it is stopped; damage is found."""
+"""A recording is a function of its configuration, whoever makes it and however often it is stopped; damage is
+found."""
 
 from __future__ import annotations
 
@@ -121,7 +122,7 @@ def test_batches_and_dtype_are_part_of_the_recording(recording: RecordConfig, tm
         {"dtype": "float32"},
     )
     for change in changes:
-        with pytest.raises(ValueError, match="another recording .*name another folder with --out"):
+        with pytest.raises(ValueError, match=r"another recording .*name another folder with --out"):
             record(replace(recording, out=copy, **change))  # type: ignore[arg-type]
     assert _files(copy) == before
 
@@ -205,7 +206,8 @@ def test_grids_are_those_of_the_release(
 
 
 @pytest.mark.parametrize(
-    ("keep", "positions"), [("all", list(range(24, 0, -1))), ((3, 12), [12, 3]), ((), []), ("fifth", [20, 15, 10, 5])]
+    ("keep", "positions"),
+    [("all", list(range(24, 0, -1))), ((3, 12), [12, 3]), ((), []), ("fifth", [20, 15, 10, 5])]
 )  # fmt: skip
 def test_kept_positions(
     recording: RecordConfig, store: TrajectoryStore, tmp_path: Path, keep: object, positions: list[int]

@@ -24,25 +24,29 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def _assert_accurate(
-    got: Sequence[Tensor], exact: Sequence[Tensor], plain: Sequence[Tensor], units: float
+    got: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    units: float,
+    stored: torch.dtype | None = None,
 ) -> None:
-    """Each tensor of `got` against `exact` (float64) and against `plain`, the dense composition in got's
-    dtype.
+    """Each tensor of `got` against `exact` (float64) and against `plain`, the dense composition in its dtype.
 
-    The largest error is at most `units` machine epsilons of the largest exact value, or of 1 where that
-    is smaller:
-    inputs are unit normal, so 1 is the size of the terms that cancel to a small result. Below float64
-    the root mean
-    square error is at most 1.5 times that of `plain`, or two epsilons where `plain` happens to be exact
-    (with a single
-    visible key its gradients of q and k are zero, and a fused kernel's are a rounding error).
+    The largest error is at most `units` machine epsilons of the largest exact value, or of 1 where that is
+    smaller: inputs are unit normal, so 1 is the size of the terms that cancel to a small result. An operator
+    that rounds an intermediate result to `stored` has that dtype's epsilon where it is the larger one.
+
+    Below float64 the root mean square error is at most 1.5 times that of `plain`, or two epsilons where `plain`
+    happens to be exact (with a single visible key its gradients of q and k are zero, and a fused kernel's are
+    a rounding error).
     """
     assert len(got) == len(exact) == len(plain)
     for i, (g, e, p) in enumerate(zip(got, exact, plain, strict=True)):
         assert g.shape == e.shape
         assert g.dtype == p.dtype
         assert e.dtype == torch.float64
-        unit = torch.finfo(g.dtype).eps * max(float(e.abs().max()), 1.0)
+        eps = max(torch.finfo(dtype).eps for dtype in (g.dtype, stored or g.dtype))
+        unit = eps * max(float(e.abs().max()), 1.0)
         error, dense = (g.double() - e) / unit, (p.double() - e) / unit
         largest = float(error.abs().max())
         rms, dense_rms = (float(x.square().mean().sqrt()) for x in (error, dense))

@@ -33,8 +33,8 @@ _OURS: dict[str, Callable[..., Any]] = {
 }
 NAMES = tuple(_TAKES)
 
-# Largest error in epsilons of the dtype. Measured over this file's inputs: UNITS_PLACEHOLDER
-_UNITS = {torch.float64: 8.0, torch.float32: 8.0, torch.bfloat16: 8.0, torch.float16: 8.0}
+# Largest error in epsilons of the dtype. Measured over this file's inputs: 2.5, 1.7, 0.75, 0.68.
+_UNITS = {torch.float64: 5.0, torch.float32: 3.0, torch.bfloat16: 1.5, torch.float16: 1.5}
 DTYPES = tuple(_UNITS)
 
 
@@ -85,7 +85,9 @@ def _check(
     got = _run(_OURS[name], inputs, layout)
     exact = _run(getattr(reference, name), [x.double() for x in inputs], layout)
     plain = _run(_dense(name, dtype), inputs, layout)
-    assert_accurate(got, exact, plain, _UNITS[dtype])
+    # The residual that the norm sees has been rounded to its dtype.
+    stored = dtype if name == "gated_residual_adaln" else None
+    assert_accurate(got, exact, plain, _UNITS[dtype], stored)
 
 
 @pytest.mark.parametrize("name", NAMES)

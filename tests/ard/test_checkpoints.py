@@ -1,0 +1,172 @@
+"""Files appear complete or not at all, and what is read is data that fits or is refused."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_teacher
+
+from ard.checkpoints import (
+    load_student,
+    load_teacher,
+    load_weights,
+    read_tensors,
+    replacing,
+    save_teacher,
+    write_json,
+    write_tensors,
+)
+from ard.diffusion import Diffusion
+
+
+class _Evil:
+    """Unpickled, it leaves a file at `mark`."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return eval, (f"open({str(self.mark)!r}, 'w')",)
+
+
+@pytest.mark.parametrize("name", ["evil.pt", "evil.safetensors"])
+@pytest.mark.parametrize("form", ["archive", "legacy", "pickle", "pickle 2"])
+def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path: Path, form: str, name: str) -> None:
+    path, mark = tmp_path / name, tmp_path / "executed"
+    content = {"weight": torch.zeros(2), "x": _Evil(mark)}
+    if form.startswith("pickle"):
+        path.write_bytes(pickle.dumps(content, 2 if form.endswith("2") else None))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "archive")
+    with pytest.raises(
+        ValueError, match=rf"{name}: (refused, it is not a file of plain|not a complete safe)"
+    ):
+        read_tensors(path)
+    assert not mark.exists()
+    path = path.rename(tmp_path / "evil.pt")  # by its other name torch would not unpickle it at all
+    torch.load(path, weights_only=False) if not form.startswith("pickle") else pickle.loads(path.read_bytes())
+    assert mark.exists(), "the file would not have done anything"
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", bytes(range(256)), b"PK\x03\x04" + bytes(100)])
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_bytes_that_are_nothing_are_refused_by_name(tmp_path: Path, content: bytes, name: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: "):
+        read_tensors(tmp_path / name)
+
+
+def test_weights_are_found_where_checkpoints_keep_them(tmp_path: Path) -> None:
+    """The public DiT is a bare state dict; training scripts keep ema before model."""
+    path, weights, other = tmp_path / "x.pt", {"a": torch.arange(3.0)}, {"a": torch.zeros(3)}
+    for content in (
+        weights,
+        {"model": other, "ema": weights, "opt": {"lr": 1.0}},
+        {"model": weights, "step": 3},
+        {"state_dict": weights},
+    ):
+        torch.save(content, path)
+        assert torch.equal(read_tensors(path)["a"], weights["a"])
+    for content in ({"a": 1}, [torch.zeros(1)], {"ema": {"a": "b"}}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="accepted is a mapping of names to tensors"):
+            read_tensors(path)
+
+
+def test_weights_that_do_not_fit_are_listed_and_nothing_is_loaded() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tensors = {name: torch.full_like(value, 7) for name, value in before.items()}
+    tensors["0.weight"] = torch.zeros(3, 5)
+    tensors["extra"] = torch.zeros(1)
+    del tensors["1.bias"]
+    with pytest.raises(ValueError, match=r"^file: does not fit the model: ") as caught:
+        load_weights(model, tensors, "file")
+    for complaint in (
+        "missing 1.bias",
+        "unexpected extra",
+        "0.weight has shape (3, 5), the model wants (3, 2)",
+    ):
+        assert complaint in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    with pytest.raises(ValueError, match=r"missing 1\.bias and 3 more|and 3 more"):
+        load_weights(model, {"a": before["0.bias"], "b": before["0.bias"], "c": before["0.bias"]}, "file")
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path, folder: bool) -> None:
+    path = tmp_path / "deep" / "thing"
+
+    def write(content: str, fail: bool) -> None:
+        with replacing(path) as temporary:
+            if folder:
+                temporary.mkdir()
+            (temporary / "file" if folder else temporary).write_text(content)
+            assert not path.exists() or (path / "file" if folder else path).read_text() == "first"
+            if fail:
+                raise RuntimeError("disk")
+
+    for kept in (None, "first"):
+        with pytest.raises(RuntimeError, match="disk"):
+            write("broken", fail=True)
+        assert path.exists() == (kept is not None)
+        assert {p.name for p in (tmp_path / "deep").iterdir()} == ({"thing"} if kept else set())
+        if kept is None:
+            write("first", fail=False)
+    write("second", fail=False)
+    assert (path / "file" if folder else path).read_text() == "second"
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["thing"]
+
+
+def test_tensors_that_share_memory_or_are_strided_are_written(tmp_path: Path) -> None:
+    base = torch.arange(6.0).view(2, 3)
+    write_tensors(tmp_path / "x.safetensors", {"a": base, "b": base, "c": base.T})
+    got = read_tensors(tmp_path / "x.safetensors")
+    assert torch.equal(got["a"], base)
+    assert torch.equal(got["b"], base)
+    assert torch.equal(got["c"], base.T)
+
+
+def test_files_have_the_permissions_of_any_other(tmp_path: Path) -> None:
+    """A recording is read by other people's jobs."""
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
+    (tmp_path / "plain").write_text("")
+    assert os.stat(tmp_path / "x.safetensors").st_mode == os.stat(tmp_path / "plain").st_mode
+
+
+def test_a_teacher_comes_back_as_it_was(tmp_path: Path) -> None:
+    model = tiny_teacher(3, learn_sigma=True)
+    save_teacher(tmp_path, model, Diffusion("cosine", "x0", 500))
+    loaded, diffusion = load_teacher(tmp_path)
+    assert diffusion.config == {"schedule": "cosine", "prediction": "x0", "timesteps": 500}
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    x, t, labels = torch.randn(2, 1, 28, 28), torch.tensor([1, 400]), torch.tensor([0, 10])
+    assert torch.equal(loaded(x, t, labels), model.eval()(x, t, labels))
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, teacher: Path, student: Path) -> None:
+    with pytest.raises(ValueError, match="holds a DiT, wanted is a ARDTransformer"):
+        load_student(teacher)
+    with pytest.raises(ValueError, match="holds a ARDTransformer, wanted is a DiT"):
+        load_teacher(student)
+    with pytest.raises(FileNotFoundError, match=r"no config\.json there"):
+        load_teacher(tmp_path)
+    for description in (
+        {"class": "DiT"},
+        {"class": "DiT", "config": {"x": 1}},
+        {"class": "DiT", "config": 3},
+    ):
+        write_json(tmp_path / "config.json", description)
+        with pytest.raises(ValueError, match=r"config\.json: does not describe a DiT"):
+            load_teacher(tmp_path)
+    write_json(tmp_path / "config.json", [1])
+    with pytest.raises(ValueError, match="holds a None, wanted is a DiT"):
+        load_teacher(tmp_path)

@@ -1,0 +1,190 @@
+"""The measures on cases whose answers are known, and the report of a student whose errors can be computed by
+hand."""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_teacher
+from torch import Tensor
+
+import ard
+from ard.assets import ASSETS
+from ard.checkpoints import load_student, save_teacher
+from ard.data import to_uint8
+from ard.diffusion import Diffusion
+from ard.evaluation import (
+    EvaluateConfig,
+    Extractor,
+    Statistics,
+    StatisticsConfig,
+    TrainClassifierConfig,
+    classifier_extractor,
+    evaluate,
+    extract,
+    frechet_distance,
+    image_metrics,
+    inception_extractor,
+    precision_recall,
+    statistics,
+    train_classifier,
+)
+from ard.training import Optimisation
+from ard.trajectories import RecordConfig, TrajectoryStore, record
+
+
+def _covariance(d: int, seed: int, rank: int | None = None) -> Tensor:
+    factor = torch.randn(d, rank or 2 * d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return factor @ factor.T / factor.shape[1]
+
+
+def test_frechet_distance_of_gaussians_along_the_axes() -> None:
+    """|difference of means|^2 + sum of (difference of standard deviations)^2."""
+    a, b = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([4.0, 4.0, 0.0])
+    means = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 6.0])
+    assert frechet_distance(means[0], a.diag(), means[1], b.diag()) == pytest.approx(0 + 4 + 9 + 1 + 0 + 9)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_frechet_distance_of_any_gaussians(rank: int | None) -> None:
+    """tr (A B)^(1/2) by the eigenvalues of A B itself; also where a covariance is singular (few samples)."""
+    zero, a, b = torch.zeros(8, dtype=torch.float64), _covariance(8, 0, rank), _covariance(8, 1)
+    cross = torch.linalg.eigvals(a @ b).real.clamp_min(0).sqrt().sum()
+    expected = float(a.trace() + b.trace() - 2 * cross)
+    # The square root of an eigenvalue that should be 0 is that of a rounding error.
+    tolerance = 1e-10 if rank is None else 1e-6
+    assert frechet_distance(zero, a, zero, b) == pytest.approx(expected, rel=tolerance)
+    assert frechet_distance(zero, b, zero, a) == pytest.approx(expected, rel=tolerance)
+    assert frechet_distance(zero, a, zero, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_moments_are_those_of_the_samples() -> None:
+    features = torch.randn(50, 4)
+    own = Statistics.of(features, keep=10)
+    assert np.allclose(own.covariance, np.cov(features.double().numpy().T))
+    assert np.allclose(own.mean, features.double().numpy().mean(0))
+    assert torch.equal(own.features, features[:10])
+
+
+def _brute(generated: Tensor, real: Tensor) -> float:
+    distances = [sorted(float((a - b).norm()) for b in real) for a in real]
+    radii = [row[3] for row in distances]  # row[0] is the point itself
+    inside = [any((g - r).norm() <= radius for r, radius in zip(real, radii, strict=True)) for g in generated]
+    return sum(inside) / len(inside)
+
+
+def test_precision_and_recall_on_known_cases() -> None:
+    real = torch.arange(20.0).unsqueeze(1) * torch.ones(1, 2)
+    assert precision_recall(real, real) == (1, 1)
+    assert precision_recall(real + 1000, real) == (0, 0)
+    # All generated samples in one place: all of them are realistic; the manifold of a point is the point.
+    collapsed = real[7:8].expand(20, 2)
+    assert precision_recall(collapsed, real) == pytest.approx((1, 1 / 20))
+    half = torch.cat([real[:10], real[10:] + 1000])
+    assert precision_recall(half, real)[0] == pytest.approx(0.5)
+
+
+def test_precision_and_recall_are_the_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real, generated = torch.randn(60, 3, generator=generator), 0.5 + torch.randn(40, 3, generator=generator)
+    assert precision_recall(generated, real) == pytest.approx(
+        (_brute(generated, real[:40]), _brute(real[:40], generated))
+    )
+    assert 0 < _brute(generated, real[:40]) < 1
+
+
+def test_any_extractor_will_do() -> None:
+    """Features that are two pixels of uint8 images: the distance is that of those pixels."""
+    extractor = Extractor("two pixels", lambda images: images[:, 0, 0, :2].float())
+    images = torch.randint(0, 256, (400, 1, 4, 4), dtype=torch.uint8)
+    features = extract(extractor, images, batch=150)
+    assert torch.equal(features, images[:, 0, 0, :2].float())
+    report = image_metrics(images, extractor, Statistics.of(features, 400))
+    assert report == {"frechet": pytest.approx(0, abs=1e-4), "precision": 1, "recall": 1, "samples": 400}
+    moved = Statistics.of(features + torch.tensor([3.0, 4.0]), 400)
+    assert image_metrics(images, extractor, moved)["frechet"] == pytest.approx(25, rel=1e-4)
+    with pytest.raises(ValueError, match="two pixels makes 2 features, the reference has 3"):
+        image_metrics(images, extractor, Statistics.of(torch.randn(9, 3), 9))
+
+
+def test_inception_weights_are_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="wanted are torch-fidelity's Inception weights"):
+        inception_extractor(tmp_path / "none.pth")
+
+
+def test_the_embedded_classifier_makes_the_embedded_statistics() -> None:
+    extractor = classifier_extractor(ASSETS / "classifier")
+    reference = Statistics.load(ASSETS / "statistics.safetensors")
+    features = extract(extractor, torch.zeros(3, 1, 28, 28, dtype=torch.uint8))
+    assert features.shape[1] == len(reference.mean) == reference.features.shape[1]
+
+
+def test_a_report_says_what_the_student_does(recording: RecordConfig, student: Path, tmp_path: Path) -> None:
+    held_out = replace(recording, out=tmp_path / "held-out", seed=1, samples=16)
+    record(held_out)
+    report = evaluate(EvaluateConfig(student, held_out.out, tmp_path / "report", samples=10, batch_size=4))
+    model, _ = load_student(student)
+    store = TrajectoryStore(held_out.out)
+    states, labels = store.states(torch.arange(10), store.grid(4), "x0")
+    path = ard.sample(model, states[:, 0], labels)
+    errors = (path - states[:, 1:]).square().mean((0, 2, 3, 4))
+    assert report["errors"] == pytest.approx(errors.tolist(), rel=1e-4)
+    extractor = classifier_extractor(ASSETS / "classifier")
+    reference = Statistics.load(ASSETS / "statistics.safetensors")
+    teacher = image_metrics(to_uint8(states[:, -1]), extractor, reference)
+    assert report["teacher"] == pytest.approx(teacher)
+    assert report["student"] != report["teacher"]
+    assert report["features"] == extractor.name
+    assert report["student"]["samples"] == 10
+    assert not report["trained_with_the_same_noise"]
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"evaluation.json", "samples.png"}
+
+    again = evaluate(EvaluateConfig(student, recording.out, tmp_path / "same", samples=4))
+    assert again["trained_with_the_same_noise"]
+
+
+def _write_fashion(folder: Path) -> None:
+    random = np.random.default_rng(0)
+    folder.mkdir()
+    for prefix, count in (("train", 60), ("t10k", 20)):
+        for name, shape, magic, top in (
+            ("images-idx3", (count, 28, 28), 0x803, 256),
+            ("labels-idx1", (count,), 0x801, 10),
+        ):
+            header = np.array([magic, *shape], ">u4").tobytes()
+            data = header + random.integers(0, top, shape).astype(np.uint8).tobytes()
+            (folder / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(data))
+
+
+def test_classifier_and_statistics_of_ones_own(
+    recording: RecordConfig, student: Path, tmp_path: Path
+) -> None:
+    """train-classifier, statistics and evaluate fit together on a data set in the format of Fashion-MNIST."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    _write_fashion(data)
+    o = Optimisation(iterations=3, batch_size=10, ema=0.5, checkpoint_every=3, log_every=1, sample_every=0)
+    train_classifier(TrainClassifierConfig(out, data=data, optimisation=o))
+    reference = tmp_path / "statistics.safetensors"
+    statistics(StatisticsConfig(reference, data=data, classifier=out / "classifier", keep=30))
+    assert Statistics.load(reference).features.shape == (30, 64)
+    report = evaluate(EvaluateConfig(
+        student, recording.out, tmp_path / "report", samples=8, classifier=out / "classifier",
+        reference=reference
+    ))  # fmt: skip
+    assert np.isfinite(report["student"]["frechet"])
+
+
+def test_a_student_of_another_teacher_is_refused(
+    recording: RecordConfig, student: Path, tmp_path: Path
+) -> None:
+    save_teacher(tmp_path / "teacher", tiny_teacher(5), Diffusion("linear", "v"))
+    other = replace(recording, teacher=tmp_path / "teacher", out=tmp_path / "store", samples=8)
+    record(other)
+    with pytest.raises(ValueError, match="was recorded from another teacher than the student's"):
+        evaluate(EvaluateConfig(student, other.out, tmp_path / "report"))
+    assert not (tmp_path / "report").exists()
