@@ -53,7 +53,7 @@ def environment() -> dict[str, Any]:
     """The command, the commit, the machine, the versions and the date: what makes a number repeatable."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "commit": _git("rev-parse", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "cpu": _cpu_name(),

@@ -21,11 +21,15 @@ from torch import nn
 
 from ard.checkpoints import load_student, load_teacher, read_tensors
 from ard.data import index_noise
+from ard.runs import Run
 from ard.training import (
+    Batch,
     DistillConfig,
     Optimisation,
     TrainTeacherConfig,
+    accelerator_for,
     distill,
+    fit,
     learning_rate,
     train_teacher,
 )
@@ -278,6 +282,31 @@ def test_options_that_cannot_work_leave_no_run(
     with pytest.raises(ValueError, match=message):
         distill(_config(recording, tmp_path / "run", replace(_SHORT, **change)))  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()
+
+
+def test_every_step_draws_noise_of_its_own(tmp_path: Path) -> None:
+    """From the seed and the step: the same in every run of a seed, another one in every step and for other
+    seeds."""
+
+    def drawn(name: str, seed: int) -> list[float]:
+        seen = []
+
+        def loss_of(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+            seen.append(float(torch.rand(())))
+            loss = model(batch[0]).mean()
+            return loss, loss.unsqueeze(0)
+
+        o = replace(_SHORT, seed=seed)
+        fit(
+            Run(tmp_path / name, "test", o), accelerator_for(o), nn.Linear(2, 1), o, 20,
+            lambda i: (torch.ones(len(i), 2),), loss_of, lambda _: torch.empty(0),
+        )  # fmt: skip
+        return seen
+
+    first = drawn("a", 0)
+    assert len(set(first)) == _SHORT.iterations
+    assert drawn("b", 0) == first
+    assert not set(drawn("c", 1)) & set(first)
 
 
 def test_a_teacher_learns_and_goes_on(tmp_path: Path) -> None:

@@ -58,10 +58,11 @@ def test_states_are_those_of_the_solver(recording: RecordConfig, store: Trajecto
         assert torch.equal(states[:, 0], noise.float())
         middle = [by_position[i].x0 if name == "x0" else by_position[i].x for i in grid[1:-1]]
         expected = torch.stack([*middle, by_position[-1].x], 1)  # type: ignore[list-item]
-        # Rounding to float16, of a solver run whose batches were others.
-        torch.testing.assert_close(
-            states[:, 1:], expected, rtol=2 * torch.finfo(torch.float16).eps, atol=1e-3
-        )
+        # Rounded once, to float16. Other batches of the solver move a value in a thousand over a boundary;
+        # a solver that starts from noise as it was before rounding moves every other one.
+        half = expected.half().float()
+        torch.testing.assert_close(states[:, 1:], half, rtol=torch.finfo(torch.float16).eps, atol=1e-5)
+        assert (states[:, 1:] == half).double().mean() > 0.99
     x0, _ = store.states(indices, grid, "x0")
     xt, _ = store.states(indices, grid, "xt")
     assert not torch.equal(x0, xt)
