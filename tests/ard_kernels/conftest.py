@@ -36,9 +36,9 @@ def _assert_accurate(
     smaller: inputs are unit normal, so 1 is the size of the terms that cancel to a small result. An operator
     that rounds an intermediate result to `stored` has that dtype's epsilon where it is the larger one.
 
-    Below float64 the root mean square error is at most 1.5 times that of `plain`, or two epsilons where `plain`
-    happens to be exact (with a single visible key its gradients of q and k are zero, and a fused kernel's are
-    a rounding error).
+    Below float64 the root mean square error is at most 1.5 times that of `plain`, or two epsilons where
+    `plain` happens to be exact (with a single visible key its gradients of q and k are zero, and a fused
+    kernel's are a rounding error).
     """
     assert len(got) == len(exact) == len(plain)
     for i, (g, e, p) in enumerate(zip(got, exact, plain, strict=True)):
