@@ -189,7 +189,7 @@ def draw_masks(path: Path) -> None:
         axis.set_title(mask)
         axis.set_xlabel("block of keys")
     axes[0].set_ylabel("block of queries")
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -207,7 +207,7 @@ def draw_times(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     axes[1].set_xticks(range(len(rows)), labels, rotation=60, fontsize=7, ha="right")
     axes[0].legend()
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
 
