@@ -51,9 +51,9 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """Folder of everything the demo makes."""
-    iterations: int = 1200
+    iterations: int = 1500
     """Training iterations of each student."""
-    samples: int = 3000
+    samples: int = 4000
     """Trajectories to train on."""
     held_out: int = 1000
     """Further trajectories, to evaluate on."""
