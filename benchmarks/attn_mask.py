@@ -117,7 +117,10 @@ def _flex(layout: BlockLayout, mask: Mask, device: str) -> Callable[..., Tensor]
     blocks = create_block_mask(
         lambda b, h, i, j: sees(owner[i], owner[j]), None, None, layout.total, layout.total, device=device
     )
-    compiled = torch.compile(flex_attention)
+    # A compilation of its own for this shape and mask, not one with dynamic shapes, nor the uncompiled
+    # operator that a ninth recompilation would fall back to.
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=blocks).transpose(
         1, 2
     )
