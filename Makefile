@@ -25,8 +25,13 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/.torch
 	$(PIP) install -e .
 	touch $@
 
+# The kernels' tests need Triton, which a CPU build of torch does not bring. 3.6.0 comes with torch 2.11; its
+# interpreter fails with NumPy 2.4.
+NEEDS_TRITON := $(filter Linux,$(shell uname -s))
+
 $(VENV)/.developer: pyproject.toml | $(VENV)/.installed
 	$(PIP) install -e '.[dev,bench]'
+	$(if $(NEEDS_TRITON),$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install triton==3.6.0 'numpy<2.4')
 	touch $@
 
 demo: $(VENV)/.installed

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from tqdm import tqdm
 
 from ard.checkpoints import load_student, replacing
 from ard.data import index_noise, to_uint8
 from ard.models import ARDTransformer
 from ard.pictures import image_grid, save_png
+from ard_kernels.backends import forced
 
 
 @torch.no_grad()
-def sample(student: ARDTransformer, noise: Tensor, labels: Tensor) -> Tensor:
+def sample(student: ARDTransformer, noise: Tensor, labels: Tensor, cuda_graph: bool | None = None) -> Tensor:
     """The student's trajectories.
 
     Args:
         noise: (B, C, h, w).
         labels: (B,) int64 in 0..num_classes-1.
+        cuda_graph: replay all S steps as one CUDA graph, which takes the launches off the host: the same
+            kernels, the same bits. True records at the first call with these shapes; False never does. None,
+            the default, records at the second such call where that is safe: on a GPU, when no forward hook
+            and no dispatch mode wants to see the layers run. A graph keeps the memory of its pass. It is
+            recorded again when a weight has moved, and dropped with the student; weights changed in place
+            need nothing.
 
     Returns:
         (B, S, C, h, w) in the dtype of the noise: states 1..S. path[:, -1] is the result.
+
+    Raises:
+        ValueError: a shape, a label or cuda_graph=True that does not fit; the message names it.
 
     The history layers keep keys and values of earlier steps, in the autocast dtype where there is one, else
     in the dtype of the weights.
@@ -39,20 +55,153 @@ def sample(student: ARDTransformer, noise: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(
             f"sample: labels has shape {tuple(labels.shape)}, accepted is ({len(noise)},), one per noise"
         )
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < student.num_classes:
-        raise ValueError(f"sample: labels are {int(labels.min())}..{int(labels.max())}, accepted are "
-                         f"0..{student.num_classes - 1}")  # fmt: skip
+    if labels.numel():
+        low, high = torch.stack(labels.aminmax()).tolist()  # one wait for the GPU, not two
+        if not 0 <= low <= high < student.num_classes:
+            raise ValueError(f"sample: labels are {low}..{high}, accepted are 0..{student.num_classes - 1}")
+    if cuda_graph is not False:
+        with _recording:
+            graph = _graph(student, noise, labels, cuda_graph is True)
+            if graph is not None:
+                return graph.replay(noise, labels)
+    return _sample(student, noise, labels)
+
+
+def _sample(student: ARDTransformer, noise: Tensor, labels: Tensor) -> Tensor:
     device = noise.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else student.pos_embed.dtype
     cache = student.cache(len(noise), dtype, noise.device)
     tables = student.modulation(labels)
-    path = noise.new_empty(len(noise), student.steps, *expected)
+    path = noise.new_empty(len(noise), student.steps, *noise.shape[1:])
     state = noise
     for step in range(student.steps):
         path[:, step] = student.step(state, step, tables, cache)
         state = path[:, step]
     return path
+
+
+class _Graph:
+    """All S steps, recorded for one batch. Reads and writes memory of its own."""
+
+    def __init__(self, student: ARDTransformer, noise: Tensor, labels: Tensor) -> None:
+        with torch.cuda.device(noise.device), torch.inference_mode(False), torch.no_grad():
+            self.noise, self.labels = noise.clone(), labels.clone()
+            # Unrecorded first: kernels compile and libraries set themselves up, which cannot be recorded.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                _sample(student, self.noise, self.labels)
+            torch.cuda.current_stream().wait_stream(stream)
+            # Autocast keeps cast weights. Those made outside the graph would be freed behind its back, and
+            # those made inside hold nothing before the first replay.
+            torch.clear_autocast_cache()
+            self.graph = torch.cuda.CUDAGraph()
+            try:
+                # "thread_local": other threads (a data loader pinning memory) may go on using CUDA.
+                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                    self.path = _sample(student, self.noise, self.labels)
+            finally:
+                torch.clear_autocast_cache()
+
+    def replay(self, noise: Tensor, labels: Tensor) -> Tensor:
+        self.noise.copy_(noise)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        return self.path.clone()
+
+
+@dataclass
+class _Recordings:
+    """The graphs of one student, by what they were recorded for, the last used last."""
+
+    addresses: tuple[int, ...]
+    """Of its weights."""
+    graphs: OrderedDict[Hashable, _Graph | None] = field(default_factory=OrderedDict)
+    """None: met once, not recorded."""
+    refused: bool = False
+    """Recording failed: not tried again unless asked for."""
+
+
+_recordings: WeakKeyDictionary[ARDTransformer, _Recordings] = WeakKeyDictionary()
+_recording = threading.Lock()
+
+# A graph holds the memory of its pass. A program that samples has a full and a last batch, perhaps with and
+# without autocast.
+_GRAPHS = 4
+
+
+def _graph(student: ARDTransformer, noise: Tensor, labels: Tensor, at_once: bool) -> _Graph | None:
+    """The graph for these inputs, or None where this call must run without."""
+    reason = _unsafe(noise, labels)
+    addresses = None if reason else _addresses(student)
+    if addresses is None:
+        if at_once:
+            reason = reason or "a module has a forward hook, or a weight is no plain tensor"
+            raise ValueError(f"sample: cuda_graph is True, which cannot be here: {reason}")
+        return None
+    known = _recordings.get(student)
+    if known is None or known.addresses != addresses:
+        known = _recordings[student] = _Recordings(addresses)
+    if known.refused and not at_once:
+        return None
+    key = _key(noise, labels)
+    if known.graphs.get(key) is None:
+        met = key in known.graphs or at_once
+        try:
+            known.graphs[key] = _Graph(student, noise, labels) if met else None
+        except RuntimeError as error:
+            if at_once:
+                raise
+            known.refused = True
+            warnings.warn(f"sample: runs without a CUDA graph, recording failed: {error}", stacklevel=3)
+            return None
+    known.graphs.move_to_end(key)
+    while len(known.graphs) > _GRAPHS:
+        known.graphs.popitem(last=False)
+    return known.graphs[key]
+
+
+def _unsafe(noise: Tensor, labels: Tensor) -> str | None:
+    """Why these inputs, here and now, cannot go through a graph."""
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing"
+    if noise.device.type != "cuda" or labels.device != noise.device:
+        return f"noise is on {noise.device}, labels on {labels.device}, accepted is one CUDA device"
+    if is_in_torch_dispatch_mode():
+        return "a dispatch mode (a FLOP counter, fake tensors) is on"
+    if torch.cuda.is_current_stream_capturing():
+        return "another CUDA graph is being recorded"
+    return None
+
+
+def _addresses(student: ARDTransformer) -> tuple[int, ...] | None:
+    """Where the weights lie; None where a graph could not tell that it is out of date."""
+    addresses = []
+    modules: list[nn.Module | None] = [student]
+    while modules:
+        module = modules.pop()
+        if module is None:
+            continue
+        if module._forward_hooks or module._forward_pre_hooks:
+            return None
+        modules.extend(module._modules.values())
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                if type(tensor) not in (Tensor, nn.Parameter):
+                    return None
+                addresses.append(tensor.data_ptr())
+    return tuple(addresses)
+
+
+def _key(noise: Tensor, labels: Tensor) -> Hashable:
+    """Whatever chooses the kernels, and the stream, on which alone replays keep their order."""
+    return (
+        noise.shape, noise.stride(), noise.dtype, noise.device, labels.dtype,
+        torch.cuda.current_stream(noise.device).cuda_stream,
+        torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), forced(),
+        torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

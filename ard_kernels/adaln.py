@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ard_kernels.backends import adaln_eager, chosen
+from ard_kernels.backends import choose, implementations
 from ard_kernels.layout import BlockLayout
 
-_BACKENDS = {"eager": adaln_eager}
+_BACKENDS = implementations("adaln")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,7 +37,8 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, layout: BlockLayout, eps: flo
         ValueError: a shape, dtype, device or layout that does not fit; the message names it.
     """
     _check("adaln", x, layout, shift=shift, scale=scale)
-    y, _, _ = _adaln(x, shift, scale, layout.lengths, eps, _branch_dtype(x), chosen())
+    backend = choose("adaln", _BACKENDS, x, shift, scale)
+    y, _, _ = _adaln(x, shift, scale, layout.lengths, eps, _branch_dtype(x), backend)
     return cast(Tensor, y)
 
 
@@ -57,7 +58,8 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, layout: BlockLayout)
         ValueError: a shape, dtype, device or layout that does not fit; the message names it.
     """
     _check("gated_residual", x, layout, branch, gate=gate)
-    return cast(Tensor, _gated_residual(x, branch, gate, layout.lengths, chosen()))
+    backend = choose("gated_residual", _BACKENDS, x, branch, gate)
+    return cast(Tensor, _gated_residual(x, branch, gate, layout.lengths, backend))
 
 
 def gated_residual_adaln(
@@ -75,8 +77,9 @@ def gated_residual_adaln(
     it is stored, after rounding. The definition is `ard_kernels.reference.gated_residual_adaln`.
     """
     _check("gated_residual_adaln", x, layout, branch, gate=gate, shift=shift, scale=scale)
+    backend = choose("gated_residual_adaln", _BACKENDS, x, branch, gate, shift, scale)
     x, y, _, _ = _gated_residual_adaln(
-        x, branch, gate, shift, scale, layout.lengths, eps, _branch_dtype(x), chosen()
+        x, branch, gate, shift, scale, layout.lengths, eps, _branch_dtype(x), backend
     )
     return x, y
 

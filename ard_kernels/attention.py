@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ard_kernels.backends import attention_eager, chosen
+from ard_kernels.backends import choose, implementations
 from ard_kernels.layout import BlockLayout, Mask, check_mask
 
-_BACKENDS = {"eager": attention_eager}
+_BACKENDS = implementations("attention")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -76,7 +76,8 @@ def _call(
     if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # autocast does not know the meta device
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    out, _ = _block_attention(q, k, v, layout.lengths, mask, scale, block, chosen())
+    backend = choose("block_attention" if block < 0 else "cached_block_attention", _BACKENDS, q, k, v)
+    out, _ = _block_attention(q, k, v, layout.lengths, mask, scale, block, backend)
     return cast(Tensor, out)
 
 

@@ -78,7 +78,10 @@ def write_json(path: str | Path, payload: Any) -> None:
 
 
 def _git(*arguments: str) -> str | None:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 

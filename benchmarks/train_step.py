@@ -132,10 +132,14 @@ def _layer(
     return x + gate_mlp * block.mlp(_modulate(x, shift_mlp, scale_mlp))
 
 
-def random_student(model: str, steps: int, history: int, mask: str, device: torch.device) -> ARDTransformer:
-    """A student without zero weights: a fresh DiT is the identity, which hides any difference."""
+def random_student(
+    model: str | DiT, steps: int, history: int, mask: str, device: torch.device
+) -> ARDTransformer:
+    """A student, of a preset or of a given teacher, without zero weights: a fresh DiT is the identity, which
+    hides any difference."""
     torch.manual_seed(0)
-    student = ARDTransformer.from_teacher(DiT.from_preset(model), steps, history, mask)  # type: ignore[arg-type]
+    teacher = DiT.from_preset(model) if isinstance(model, str) else model
+    student = ARDTransformer.from_teacher(teacher, steps, history, mask)  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in student.parameters():
             if parameter.requires_grad and not parameter.any():

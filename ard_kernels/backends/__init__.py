@@ -1,21 +1,27 @@
 """Which implementations exist here, and which one an operator uses.
 
-A backend is a module that offers, for an operator family, a function ``supports_<family>`` (None, or the
-reason why not) and the operator's forward and backward. It never checks arguments: the public operator did.
+A backend of an operator family is a module, `<family>_<backend>.py`, that offers the operators' forward and
+backward and ``supports(*tensors)``: None, or the reason why it cannot take them. It never checks arguments:
+the public operator did.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
 
 _ENVIRONMENT = "ARD_KERNELS_BACKEND"
-_ABSENT = {
-    "native": "not part of this version: no compiled kernels (csrc)",
-    "triton": "not part of this version: no Triton kernels",
-}
+_OLDEST = (8, 0)  # compute capability: bf16 matrix instructions and asynchronous copies
 _forced: list[str] = []
 
 
@@ -29,8 +35,47 @@ class Status:
 
 def backends() -> dict[str, Status]:
     """Every backend by name, with whether it exists here and why the rest does not."""
-    absent = {name: Status(False, reason) for name, reason in _ABSENT.items()}
-    return {"eager": Status(True, "composed of PyTorch operators"), **absent}
+    return {
+        "eager": Status(True, "composed of PyTorch operators"),
+        "native": Status(False, "not part of this version: no compiled kernels (csrc)"),
+        "triton": _triton_status(),
+    }
+
+
+@functools.cache
+def _triton_status() -> Status:
+    if importlib.util.find_spec("triton") is None:
+        return Status(False, "Triton is not installed (on Linux it comes with PyTorch's CUDA builds)")
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return Status(True, f"Triton {triton.__version__} in its interpreter: for tests, very slow")
+    if not torch.cuda.is_available():
+        return Status(False, "no CUDA device (TRITON_INTERPRET=1 interprets the kernels on CPU, for tests)")
+    capability = torch.cuda.get_device_capability()
+    if capability < _OLDEST:
+        return Status(False, f"compute capability {capability}, accepted is {_OLDEST} or newer")
+    return Status(True, f"Triton {triton.__version__} on {torch.cuda.get_device_name()}")
+
+
+def implementations(family: str) -> dict[str, ModuleType]:
+    """The modules of an operator family that can be imported here, the preferred one first."""
+    names = ["eager"] if importlib.util.find_spec("triton") is None else ["triton", "eager"]
+    return {name: importlib.import_module(f"ard_kernels.backends.{family}_{name}") for name in names}
+
+
+# torch.compile takes the answer as a constant: it could not trace how Triton reads its settings.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def triton_device_reason(device: str) -> str | None:
+    """Why Triton cannot work on a kind of device, or None. Meta tensors only want to know shapes."""
+    if device == "meta":
+        return None
+    if device == "cuda":
+        status = _triton_status()
+        return None if status.available else status.reason
+    import triton
+
+    return None if triton.knobs.runtime.interpret else f"the tensors are on {device}, accepted is cuda"
 
 
 def _check(name: str, where: str) -> str:
@@ -44,7 +89,8 @@ def _check(name: str, where: str) -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one backend inside a ``with`` block. One that is unknown or absent here is an error at once."""
+    """Force one backend inside a ``with`` block. One that is unknown or absent here is an error at once, one
+    that cannot take an operator's arguments an error when the operator is called."""
     _forced.append(_check(name, "use_backend"))
     try:
         yield
@@ -52,15 +98,42 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def _default() -> str:
+def _default() -> str | None:
     name = os.environ.get(_ENVIRONMENT)
-    return _check(name, f"environment variable {_ENVIRONMENT}") if name else "eager"
+    return _check(name, f"environment variable {_ENVIRONMENT}") if name else None
 
 
 # Read once, at import: the choice must be a constant while torch.compile traces.
 _DEFAULT = _default()
 
 
-def chosen() -> str:
-    """The backend in force: `use_backend`, else the environment variable, else the best one here."""
+def forced() -> str | None:
+    """The backend that `use_backend` or the environment variable demands, or None."""
     return _forced[-1] if _forced else _DEFAULT
+
+
+def choose(where: str, modules: dict[str, ModuleType], *tensors: Tensor) -> str:
+    """The backend for these tensors: the one demanded, else on a GPU the first that takes them, else eager.
+
+    A demanded one that cannot take them is a ValueError; one passed over on a GPU is reported once, by name.
+    """
+    demanded = forced()
+    if demanded is not None:
+        reason = modules[demanded].supports(*tensors)
+        if reason is not None:
+            raise ValueError(f"{where}: backend {demanded!r} cannot be used: {reason}")
+        return demanded
+    if tensors[0].device.type != "cuda":
+        return "eager"
+    for name, module in modules.items():
+        reason = module.supports(*tensors)
+        if reason is None:
+            return name
+        if not torch.compiler.is_compiling():
+            _report(f"{where}: backend {name!r} cannot be used, a slower one takes its place: {reason}")
+    raise AssertionError("eager supports everything")
+
+
+@functools.cache
+def _report(message: str) -> None:
+    warnings.warn(message, stacklevel=4)

@@ -8,6 +8,11 @@ from torch import Tensor
 from ard_kernels.layout import BlockLayout
 
 
+def supports(*tensors: Tensor) -> str | None:
+    """Everything."""
+    return None
+
+
 def _rows(table: Tensor, layout: BlockLayout) -> Tensor:
     """A table that broadcasts against `_blocks(x)`: (B, S, 1, D), or (B, T, D) for unequal blocks."""
     if layout.is_uniform:

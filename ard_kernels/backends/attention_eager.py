@@ -26,6 +26,11 @@ _MATMUL_KEYS = 512
 _SCORES = {"cpu": 1 << 20, "cuda": 1 << 28}
 
 
+def supports(*tensors: Tensor) -> str | None:
+    """Everything."""
+    return None
+
+
 def attention_keeps_lse(q: Tensor, layout: BlockLayout, mask: Mask, block: int) -> bool:
     """True: the fused CPU kernel is used, whose backward wants the log-sum-exp. False: plain matmuls."""
     if q.device.type != "cpu":

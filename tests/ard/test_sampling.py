@@ -3,8 +3,13 @@ alone."""
 
 from __future__ import annotations
 
+import copy
+import gc
+import warnings
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ import torch
 from PIL import Image
 
 import ard
+from ard import sampling
 from ard.checkpoints import load_student
 from ard.data import index_noise, to_uint8
 from ard.models import ARDTransformer
@@ -101,3 +107,131 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(student: Path, tmp_path
     assert (tmp_path / "a" / "samples.npz").read_bytes() == (tmp_path / "b" / "samples.npz").read_bytes()
     assert np.allclose(first, _npz(tmp_path / "c")[0], rtol=1e-4, atol=1e-5)
     assert not np.allclose(first, _npz(tmp_path / "d")[0], atol=1e-1)
+
+
+def _inputs(batch: int, seed: int = 0, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.arange(seed, seed + batch) % 10
+    return index_noise(torch.arange(batch), (1, 28, 28), seed).to(device), labels.to(device)
+
+
+def test_a_cuda_graph_needs_a_gpu_and_says_so(model: ARDTransformer) -> None:
+    noise, labels = _inputs(2)
+    with pytest.raises(ValueError, match=r"cuda_graph is True, .* noise is on cpu, .* accepted is one CUDA"):
+        ard.sample(model, noise, labels, cuda_graph=True)
+    exact = ard.sample(model, noise, labels, cuda_graph=False)
+    for _ in range(3):
+        assert torch.equal(ard.sample(model, noise, labels), exact)
+
+
+class _PretendGraph:
+    """Stands where a CUDA graph would, and shows when one is recorded."""
+
+    recorded: ClassVar[list[tuple[int, ...]]] = []
+    alive: ClassVar[weakref.WeakSet[_PretendGraph]] = weakref.WeakSet()
+
+    def __init__(self, student: ARDTransformer, noise: torch.Tensor, labels: torch.Tensor) -> None:
+        self.recorded.append(tuple(noise.shape))
+        self.alive.add(self)
+
+    def replay(self, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(noise), 4, 1, 28, 28), 7.0)
+
+
+@pytest.fixture
+def pretend(model: ARDTransformer, monkeypatch: pytest.MonkeyPatch) -> ARDTransformer:
+    """A student of its own, on a machine that seems to have a GPU."""
+    monkeypatch.setattr(_PretendGraph, "recorded", [])
+    monkeypatch.setattr(sampling, "_Graph", _PretendGraph)
+    monkeypatch.setattr(sampling, "_unsafe", lambda noise, labels: None)
+    monkeypatch.setattr(sampling, "_key", lambda noise, labels: tuple(noise.shape))
+    return copy.deepcopy(model)
+
+
+def _replayed(student: ARDTransformer, batch: int = 2, cuda_graph: bool | None = None) -> bool:
+    return bool((ard.sample(student, *_inputs(batch), cuda_graph=cuda_graph) == 7).all())
+
+
+def test_graphs_are_recorded_when_worth_it_and_only_then(pretend: ARDTransformer) -> None:
+    assert [_replayed(pretend) for _ in range(4)] == [False, True, True, True]
+    assert _PretendGraph.recorded == [(2, 1, 28, 28)]
+    assert _replayed(pretend, 3, cuda_graph=True)
+    assert not _replayed(pretend, 3, cuda_graph=False)
+    assert _PretendGraph.recorded == [(2, 1, 28, 28), (3, 1, 28, 28)]
+
+
+def test_a_graph_follows_its_weights(pretend: ARDTransformer) -> None:
+    assert _replayed(pretend, cuda_graph=True)
+    with torch.no_grad():
+        pretend.blocks[0].mlp.fc1.weight.mul_(2)  # type: ignore[union-attr]
+    assert _replayed(pretend)
+    assert len(_PretendGraph.recorded) == 1
+    pretend.load_state_dict(copy.deepcopy(pretend.state_dict()), assign=True)
+    assert [_replayed(pretend), _replayed(pretend)] == [False, True]
+    pretend.blocks[1].mlp = copy.deepcopy(pretend.blocks[1].mlp)
+    assert [_replayed(pretend), _replayed(pretend)] == [False, True]
+    assert len(_PretendGraph.alive) == 1
+
+
+def test_a_hook_sees_every_pass(pretend: ARDTransformer) -> None:
+    seen = []
+    handle = pretend.blocks[0].register_forward_hook(lambda *_: seen.append(1))
+    assert [_replayed(pretend) for _ in range(3)] == [False] * 3
+    assert len(seen) == 3 * 4
+    with pytest.raises(ValueError, match=r"cuda_graph is True, .* a forward hook"):
+        _replayed(pretend, cuda_graph=True)
+    handle.remove()
+    assert _replayed(pretend, cuda_graph=True)
+
+
+def test_graphs_are_few_and_end_with_their_student(pretend: ARDTransformer) -> None:
+    for batch in range(1, 9):
+        assert _replayed(pretend, batch, cuda_graph=True)
+    gc.collect()
+    assert len(_PretendGraph.alive) == 4
+    student = copy.deepcopy(pretend)
+    assert _replayed(student, cuda_graph=True)
+    assert len(_PretendGraph.alive) == 5
+    del student
+    gc.collect()
+    assert len(_PretendGraph.alive) == 4
+
+
+def test_a_pass_that_cannot_be_recorded_runs_without_and_is_reported_once(
+    pretend: ARDTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(sampling, "_Graph", fail)
+    assert not _replayed(pretend)
+    with pytest.warns(UserWarning, match=r"runs without a CUDA graph, .* not permitted"):
+        assert not _replayed(pretend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not _replayed(pretend)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        _replayed(pretend, cuda_graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_cuda_graph_gives_the_bits_of_the_eager_path(model: ARDTransformer, autocast: bool) -> None:
+    student = copy.deepcopy(model).cuda()
+    for change in (None, "in place", "moved"):
+        with torch.no_grad():
+            for parameter in student.parameters():
+                if change == "in place":
+                    parameter.mul_(1.01)
+                elif change == "moved":
+                    parameter.data = parameter.data.clone()
+        for batch, seed in ((3, 0), (3, 1), (5, 2), (3, 3)):
+            noise, labels = _inputs(batch, seed, "cuda")
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                exact = ard.sample(student, noise, labels, cuda_graph=False)
+                assert torch.equal(ard.sample(student, noise, labels, cuda_graph=True), exact)
+            # Outside of the autocast context in which the graph was recorded, after memory was given back.
+            torch.cuda.empty_cache()
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                assert torch.equal(ard.sample(student, noise, labels), exact)
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        assert torch.equal(ard.sample(student, noise, labels), exact)

@@ -9,6 +9,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from ard_kernels import use_backend
+
 # The same examples in every run: a failure is a failure of the code, not of the day.
 settings.register_profile("ard_kernels", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("ard_kernels")
@@ -60,3 +62,31 @@ def _assert_accurate(
 @pytest.fixture(scope="session")
 def assert_accurate() -> Callable[..., None]:
     return _assert_accurate
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "eager",
+        "triton",
+        pytest.param("eager on cuda", marks=pytest.mark.gpu),
+        pytest.param("triton on cuda", marks=pytest.mark.gpu),
+    ],
+)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a module's tests once for every backend; tensors are made on its device."""
+    name, _, device = request.param.partition(" on ")
+    if name == "triton" and not device:
+        triton = pytest.importorskip("triton", reason="Triton is not installed")
+        if not triton.knobs.runtime.interpret:
+            pytest.skip("Triton compiles for the GPU here: see 'triton on cuda'")
+    torch.set_default_device(device or "cpu")
+    precision = torch.get_float32_matmul_precision()
+    if name == "triton":
+        torch.set_float32_matmul_precision("high")  # its condition for float32
+    try:
+        with use_backend(name):
+            yield name
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.set_default_device("cpu")

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ard_kernels import BlockLayout, adaln, gated_residual, gated_residual_adaln, reference
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 RAGGED = BlockLayout((3, 1, 6, 4))
 UNIFORM = BlockLayout.uniform(blocks=3, length=5)
@@ -39,7 +41,23 @@ DTYPES = tuple(_UNITS)
 
 
 def _normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return x.to(torch.get_default_device(), dtype)
+
+
+def _takes(backend: str, dtype: torch.dtype) -> bool:
+    return backend != "triton" or dtype != torch.float64
+
+
+def _skip_unless_taken(backend: str, dtype: torch.dtype) -> None:
+    if not _takes(backend, dtype):
+        pytest.skip(f"{backend} does not take {dtype}")
+
+
+def _interpreted(backend: str) -> bool:
+    """Then a row takes 5 ms, forward and backward, and tests take few."""
+    return backend == "triton" and torch.get_default_device().type == "cpu"
 
 
 def _inputs(
@@ -87,7 +105,11 @@ def _check(
     plain = _run(_dense(name, dtype), inputs, layout)
     # The residual that the norm sees has been rounded to its dtype.
     stored = dtype if name == "gated_residual_adaln" else None
-    assert_accurate(got, exact, plain, _UNITS[dtype], stored)
+    for kind in {t.dtype for t in got}:
+        some = [[t for g, t in zip(got, tensors, strict=True) if g.dtype == kind]
+                for tensors in (got, exact, plain)]  # fmt: skip
+        coarser = max(kind, stored or kind, key=lambda d: torch.finfo(d).eps)
+        assert_accurate(*some, _UNITS[coarser], stored)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,10 +123,12 @@ def _check(
     seed=st.integers(0, 9),
 )
 def test_values_and_gradients(
-    assert_accurate: Callable[..., None], name: str, lengths: list[int], batch: int, width: int,
-    dtype: torch.dtype,
-    wide_tables: bool, seed: int,
+    backend: str, assert_accurate: Callable[..., None], name: str, lengths: list[int], batch: int, width: int,
+    dtype: torch.dtype, wide_tables: bool, seed: int,
 ) -> None:  # fmt: skip
+    assume(_takes(backend, dtype))
+    if _interpreted(backend):
+        lengths, batch = [min(n, 12) for n in lengths[:2]], 1
     layout = BlockLayout(lengths)
     table_dtype = torch.promote_types(dtype, torch.float32) if wide_tables else dtype
     inputs = _inputs(name, layout, batch, width, dtype, table_dtype, seed)
@@ -115,9 +139,85 @@ def test_values_and_gradients(
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_kind_of_table(
+    backend: str, assert_accurate: Callable[..., None], dtype: torch.dtype, layout: BlockLayout, name: str
+) -> None:
+    _skip_unless_taken(backend, dtype)
+    _check(assert_accurate, name, _inputs(name, layout, 2, 72, dtype, dtype), layout)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("width", [1152, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_production_width(
+    assert_accurate: Callable[..., None], dtype: torch.dtype, width: int, name: str
+) -> None:
+    layout = BlockLayout((2, 1))
+    _check(assert_accurate, name, _inputs(name, layout, 1, width, dtype, dtype), layout)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_rows_a_program_takes_do_not_matter(
+    backend: str, monkeypatch: pytest.MonkeyPatch, layout: BlockLayout, name: str
+) -> None:
+    """Programs take several rows from 8,192 on, too many for the interpreter."""
+    if backend != "triton":
+        pytest.skip("about triton")
+    from ard_kernels.backends import adaln_triton
+
+    inputs = _inputs(name, layout, 2, 24, torch.bfloat16, torch.bfloat16)
+    one = _run(_OURS[name], inputs, layout)
+    monkeypatch.setattr(adaln_triton, "_rows", lambda samples, tokens: 4)
+    four = _run(_OURS[name], inputs, layout)
+    assert all(torch.equal(a, b) for a, b in zip(one, four, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", [BlockLayout((150, 3)), BlockLayout((150,))], ids=["ragged", "uniform"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_blocks(
     assert_accurate: Callable[..., None], dtype: torch.dtype, layout: BlockLayout, name: str
 ) -> None:
-    _check(assert_accurate, name, _inputs(name, layout, 2, 72, dtype, dtype), layout)
+    """Table gradients over more rows than one program sums, a number that no tile divides."""
+    _check(assert_accurate, name, _inputs(name, layout, 1, 16, dtype, dtype), layout)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("blocks", [4, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_size(
+    assert_accurate: Callable[..., None], dtype: torch.dtype, blocks: int, name: str
+) -> None:
+    """DiT-XL at 1024 tokens and more, on the device that trains it; two runs agree bitwise."""
+    if torch.get_default_device().type == "cpu":
+        pytest.skip("a GPU's size")
+    layout = BlockLayout.uniform(blocks=blocks, length=256)
+    inputs = _inputs(name, layout, 16, 1152, dtype, dtype)
+    _check(assert_accurate, name, inputs, layout)
+    first, second = _run(_OURS[name], inputs, layout), _run(_OURS[name], inputs, layout)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", [RAGGED, UNIFORM], ids=["ragged", "uniform"])
+@pytest.mark.parametrize(
+    ("dtype", "branch_dtype", "table_dtype"),
+    [
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float16, torch.bfloat16, torch.float32),
+    ],
+    ids=["float32 residual", "bfloat16 residual", "three dtypes"],
+)
+def test_mixed_dtypes(
+    assert_accurate: Callable[..., None], dtype: torch.dtype, branch_dtype: torch.dtype,
+    table_dtype: torch.dtype, layout: BlockLayout, name: str,
+) -> None:  # fmt: skip
+    """Each gradient has its input's dtype, and that dtype's accuracy."""
+    inputs = dict(zip(_TAKES[name], _inputs(name, layout, 2, 40, dtype, table_dtype), strict=True))
+    if "branch" in inputs:
+        inputs["branch"] = inputs["branch"].to(branch_dtype)
+    _check(assert_accurate, name, tuple(inputs.values()), layout)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -178,10 +278,21 @@ def test_the_fused_operator_normalises_what_it_stores(dtype: torch.dtype, layout
     assert torch.equal(y, adaln(residual, shift, scale, layout))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_residual_is_rounded_to_nearest_even(dtype: torch.dtype) -> None:
+    """To bfloat16, from values of which every other one is a tie, and from the largest and the smallest."""
+    steps = 1 + torch.arange(2**10, dtype=torch.float32) * 2.0**-9
+    branch = torch.cat([steps, -steps, torch.tensor([torch.finfo(dtype).max, torch.inf, -torch.inf])])
+    branch = branch.to(dtype).view(1, 1, -1)
+    x, gate = torch.zeros_like(branch, dtype=torch.bfloat16), torch.ones_like(branch)
+    assert torch.equal(gated_residual(x, branch, gate, BlockLayout((1,))), branch.bfloat16())
+
+
 @pytest.mark.parametrize("constant", [0.0, 3.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_constant_rows_give_shift(dtype: torch.dtype, constant: float) -> None:
+def test_constant_rows_give_shift(backend: str, dtype: torch.dtype, constant: float) -> None:
     """Zero variance: LN is 0, eps keeps it finite, and every gradient with it."""
+    _skip_unless_taken(backend, dtype)
     _, shift, scale = _inputs("adaln", RAGGED, 2, 64, dtype, dtype)
     x = torch.full((2, RAGGED.total, 64), constant, dtype=dtype)
     y, *grads = _run(adaln, (x, shift, scale), RAGGED)
@@ -203,33 +314,69 @@ def test_rows_far_from_zero() -> None:
     assert (adaln(x, shift, scale, RAGGED) - exact).abs().max() <= 2 * 1000 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("size", [1e-4, 1e4, 1e18])
+def test_rows_of_any_size(size: float) -> None:
+    """Up to where the sum of squares overflows float32."""
+    shift, scale = torch.zeros(2, 1, RAGGED.blocks, 64)
+    x = size * _normal(1, RAGGED.total, 64)
+    exact = reference.adaln(x.double(), shift.double(), scale.double(), RAGGED)
+    assert (adaln(x, shift, scale, RAGGED) - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * 4
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("label", ["x", "branch", "gate", "shift", "scale"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_finite_shows_where_the_reference_shows_it(name: str, label: str, bad: float) -> None:
+    if label not in _TAKES[name]:
+        pytest.skip(f"{name} takes no {label}")
+    inputs = _inputs(name, RAGGED, 2, 24, torch.float32, torch.float32)
+    inputs = tuple(t.contiguous() for t in inputs)
+    inputs[_TAKES[name].index(label)][1, 2, 5] = bad
+    got, expected = _run(_OURS[name], inputs, RAGGED), _run(getattr(reference, name), inputs, RAGGED)
+    for g, e in zip(got, expected, strict=True):
+        assert torch.equal(g.isfinite(), e.isfinite())
+
+
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
-def test_eps_is_inside_the_root(eps: float) -> None:
-    shift, scale = torch.zeros(2, 1, 1, 2, dtype=torch.float64)
-    x = torch.tensor([[[-1.0, 1.0]]], dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_eps_is_inside_the_root(backend: str, dtype: torch.dtype, eps: float) -> None:
+    _skip_unless_taken(backend, dtype)
+    shift, scale = torch.zeros(2, 1, 1, 2, dtype=dtype)
+    x = torch.tensor([[[-1.0, 1.0]]], dtype=dtype)
     y = adaln(x, shift, scale, BlockLayout((1,)), eps)
-    torch.testing.assert_close(y, x / (1 + eps) ** 0.5, rtol=1e-15, atol=0)
+    torch.testing.assert_close(y, x / (1 + eps) ** 0.5, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", [RAGGED, UNIFORM], ids=["ragged", "uniform"])
+def test_an_empty_batch(layout: BlockLayout, name: str) -> None:
+    inputs = _inputs(name, layout, 0, 24, torch.float32, torch.bfloat16)
+    outs = _run(_OURS[name], inputs, layout)
+    wanted = [inputs[0]] * (len(outs) - len(inputs)) + list(inputs)
+    assert [(t.shape, t.dtype) for t in outs] == [(t.shape, t.dtype) for t in wanted]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_two_runs_are_bitwise_equal(dtype: torch.dtype, name: str) -> None:
-    layout = BlockLayout((40, 64, 24))
+def test_two_runs_are_bitwise_equal(backend: str, dtype: torch.dtype, name: str) -> None:
+    _skip_unless_taken(backend, dtype)
+    layout = BlockLayout((20, 9) if _interpreted(backend) else (40, 64, 24))
     inputs = _inputs(name, layout, 2, 72, dtype, dtype)
     first, second = _run(_OURS[name], inputs, layout), _run(_OURS[name], inputs, layout)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("layout", [RAGGED, UNIFORM], ids=["ragged", "uniform"])
+@pytest.mark.parametrize("layout", [BlockLayout((2, 1)), BlockLayout((2, 2))], ids=["ragged", "uniform"])
 @pytest.mark.parametrize("table_dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_opcheck(table_dtype: torch.dtype, layout: BlockLayout) -> None:
+def test_opcheck(backend: str, table_dtype: torch.dtype, layout: BlockLayout) -> None:
     ops = torch.ops.ard_kernels
-    dtype, end = torch.bfloat16, (layout.lengths, "eager")
+    dtype, end = torch.bfloat16, (layout.lengths, backend)
     x, branch, gate, shift, scale = _inputs("gated_residual_adaln", layout, 2, 16, dtype, table_dtype)
     lx, lbranch, lgate, lshift, lscale = (
         t.detach().requires_grad_() for t in (x, branch, gate, shift, scale)
     )
-    options = (layout.lengths, 1e-6, dtype, "eager")
+    options = (layout.lengths, 1e-6, dtype, backend)
     check = torch.library.opcheck
     check(ops.adaln.default, (lx, lshift, lscale, *options))
     check(ops.gated_residual.default, (lx, lbranch, lgate, *end))
@@ -262,7 +409,7 @@ def test_autocast_keeps_the_residual_and_narrows_y(layout: BlockLayout) -> None:
     )
     inputs = (x, branch.bfloat16(), gate, shift, scale)
     exact, exact_y = reference.gated_residual_adaln(*(t.double() for t in inputs), layout)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         residual, y, *grads = _run(gated_residual_adaln, inputs, layout)
         plain_y = adaln(residual, shift, scale, layout)
         plain_residual = gated_residual(*inputs[:3], layout)
@@ -284,6 +431,23 @@ def test_shapes_are_known_without_data(name: str) -> None:
     out = _OURS[name](*inputs, RAGGED)
     for y in out if isinstance(out, tuple) else (out,):
         assert (y.shape, y.dtype, y.device) == (inputs[0].shape, torch.bfloat16, torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "message"),
+    [
+        (torch.float64, 16, "a tensor is torch.float64"),
+        (torch.float32, 4097, "D is 4097, accepted are 1 to 4096"),
+    ],
+    ids=["float64", "wide"],
+)
+def test_what_triton_does_not_take(backend: str, dtype: torch.dtype, width: int, message: str) -> None:
+    if backend != "triton":
+        pytest.skip("about triton")
+    for name in NAMES:
+        inputs = _inputs(name, RAGGED, 1, width, torch.float32, dtype)
+        with pytest.raises(ValueError, match=f"^{name}: backend 'triton' cannot be used: {message}"):
+            _OURS[name](*inputs, RAGGED)
 
 
 _GOOD = dict(

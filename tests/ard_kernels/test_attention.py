@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,8 +24,27 @@ DTYPES = tuple(_UNITS)
 Attention = Callable[..., Tensor]
 
 
+pytestmark = pytest.mark.usefixtures("backend")
+
+
 def _normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return x.to(torch.get_default_device(), dtype)
+
+
+def _batch(backend: str) -> tuple[int, int]:
+    """Samples and heads: Triton's interpreter pays for every one."""
+    return (1, 1) if backend == "triton" and torch.get_default_device().type == "cpu" else (2, 2)
+
+
+def _takes(backend: str, dtype: torch.dtype) -> bool:
+    return backend != "triton" or dtype != torch.float64
+
+
+def _skip_unless_taken(backend: str, dtype: torch.dtype) -> None:
+    if not _takes(backend, dtype):
+        pytest.skip(f"{backend} does not take {dtype}")
 
 
 def _qkv(layout: BlockLayout, batch: int, heads: int, dim: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -52,47 +71,67 @@ def _check(
     assert_accurate(got, exact, plain, _UNITS[inputs[0].dtype])
 
 
+def _examples(backend: str) -> settings:
+    """Triton's interpreter takes some 30 ms for every program."""
+    return settings(max_examples=8 if backend == "triton" else 30)
+
+
 @pytest.mark.parametrize("mask", MASKS)
-@given(
-    lengths=st.lists(st.integers(1, 24), min_size=1, max_size=5),
-    batch=st.integers(1, 2),
-    heads=st.integers(1, 3),
-    dim=st.sampled_from(range(16, 129, 8)),
-    dtype=st.sampled_from(DTYPES),
-    scale=st.sampled_from((None, 0.3)),
-    seed=st.integers(0, 9),
-)
-def test_values_and_gradients(
-    assert_accurate: Callable[..., None], mask: str, lengths: list[int], batch: int, heads: int, dim: int,
-    dtype: torch.dtype, scale: float | None, seed: int,
-) -> None:  # fmt: skip
-    layout = BlockLayout(lengths)
-    inputs = _qkv(layout, batch, heads, dim, dtype, seed).unbind(2)
-    _check(assert_accurate, block_attention, reference.block_attention, inputs, layout, mask, scale)
+def test_values_and_gradients(backend: str, assert_accurate: Callable[..., None], mask: str) -> None:
+    @_examples(backend)
+    @given(
+        lengths=st.lists(st.integers(1, 24), min_size=1, max_size=5),
+        batch=st.integers(1, 2),
+        heads=st.integers(1, 3),
+        dim=st.sampled_from(range(16, 129, 8)),
+        dtype=st.sampled_from([dtype for dtype in DTYPES if _takes(backend, dtype)]),
+        scale=st.sampled_from((None, 0.3)),
+        seed=st.integers(0, 9),
+    )
+    def check(
+        lengths: list[int],
+        batch: int,
+        heads: int,
+        dim: int,
+        dtype: torch.dtype,
+        scale: float | None,
+        seed: int,
+    ) -> None:
+        layout = BlockLayout(lengths)
+        inputs = _qkv(layout, batch, heads, dim, dtype, seed).unbind(2)
+        _check(assert_accurate, block_attention, reference.block_attention, inputs, layout, mask, scale)
+
+    check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", range(16, 129, 8))
-def test_every_head_dim(assert_accurate: Callable[..., None], dim: int, dtype: torch.dtype) -> None:
-    for layout in (RAGGED, UNIFORM):
-        inputs = _qkv(layout, 2, 2, dim, dtype).unbind(2)
+def test_every_head_dim(
+    backend: str, assert_accurate: Callable[..., None], dim: int, dtype: torch.dtype
+) -> None:
+    _skip_unless_taken(backend, dtype)
+    for layout in (RAGGED, UNIFORM) if backend == "eager" else (RAGGED,):
+        inputs = _qkv(layout, *_batch(backend), dim, dtype).unbind(2)
         _check(assert_accurate, block_attention, reference.block_attention, inputs, layout, "causal")
 
 
 @pytest.mark.parametrize(
     ("dtype", "mask"), [*((torch.bfloat16, mask) for mask in MASKS), (torch.float16, "causal")]
 )
-def test_long_sequences(assert_accurate: Callable[..., None], dtype: torch.dtype, mask: str) -> None:
+def test_long_sequences(
+    backend: str, assert_accurate: Callable[..., None], dtype: torch.dtype, mask: str
+) -> None:
     """Lengths at which implementations change method or work in pieces: 520 keys, 2 million scores."""
     layout = BlockLayout((270, 250))
-    inputs = _qkv(layout, 1, 16, 16, dtype).unbind(2)
+    inputs = _qkv(layout, 1, 16 if backend == "eager" else 1, 16, dtype).unbind(2)
     _check(assert_accurate, block_attention, reference.block_attention, inputs, layout, mask)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_token_blocks_are_exact(dtype: torch.dtype, mask: str) -> None:
+def test_one_token_blocks_are_exact(backend: str, dtype: torch.dtype, mask: str) -> None:
     """With one visible key the output is its value, bit for bit."""
+    _skip_unless_taken(backend, dtype)
     q, k, v = _qkv(BlockLayout((1,)), 2, 2, 24, dtype).unbind(2)
     assert torch.equal(block_attention(q, k, v, BlockLayout((1,)), mask), v)
 
@@ -132,32 +171,33 @@ def test_strides_do_not_matter(
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@given(
-    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
-    dim=st.sampled_from(range(16, 129, 8)),
-    dtype=st.sampled_from(DTYPES),
-    data=st.data(),
-)
-def test_cached_values_and_gradients(
-    assert_accurate: Callable[..., None], mask: str, lengths: list[int], dim: int, dtype: torch.dtype,
-    data: st.DataObject,
-) -> None:  # fmt: skip
-    layout = BlockLayout(lengths)
-    block = data.draw(st.integers(0, layout.blocks - 1))
-    q, k, v = _qkv(layout, 2, 2, dim, dtype).unbind(2)
-    inputs = q[:, layout.slice(block)], k, v
-    _check(
-        assert_accurate, cached_block_attention, reference.cached_block_attention, inputs, layout, block, mask
+def test_cached_values_and_gradients(backend: str, assert_accurate: Callable[..., None], mask: str) -> None:
+    @_examples(backend)
+    @given(
+        lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+        dim=st.sampled_from(range(16, 129, 8)),
+        dtype=st.sampled_from([dtype for dtype in DTYPES if _takes(backend, dtype)]),
+        data=st.data(),
     )
+    def check(lengths: list[int], dim: int, dtype: torch.dtype, data: st.DataObject) -> None:
+        layout = BlockLayout(lengths)
+        block = data.draw(st.integers(0, layout.blocks - 1))
+        q, k, v = _qkv(layout, *_batch(backend), dim, dtype).unbind(2)
+        inputs = q[:, layout.slice(block)], k, v
+        meaning = reference.cached_block_attention
+        _check(assert_accurate, cached_block_attention, meaning, inputs, layout, block, mask)
+
+    check()
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("layout", [RAGGED, UNIFORM], ids=["ragged", "uniform"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cached_is_the_rows_and_never_reads_hidden_ones(
-    dtype: torch.dtype, layout: BlockLayout, mask: str
+    backend: str, dtype: torch.dtype, layout: BlockLayout, mask: str
 ) -> None:
-    q, k, v = _qkv(layout, 2, 2, 72, dtype).unbind(2)
+    _skip_unless_taken(backend, dtype)
+    q, k, v = _qkv(layout, *_batch(backend), 72, dtype).unbind(2)
     whole = block_attention(q, k, v, layout, mask)
     eps = torch.finfo(dtype).eps
     for s in range(layout.blocks):
@@ -205,9 +245,10 @@ def test_large_scores_do_not_overflow(dtype: torch.dtype, mask: str) -> None:
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_two_runs_are_bitwise_equal(dtype: torch.dtype, mask: str) -> None:
+def test_two_runs_are_bitwise_equal(backend: str, dtype: torch.dtype, mask: str) -> None:
+    _skip_unless_taken(backend, dtype)
     layout = BlockLayout((40, 64, 24))
-    inputs = _qkv(layout, 2, 4, 72, dtype).unbind(2)
+    inputs = _qkv(layout, *_batch(backend), 72, dtype).unbind(2)
     dout = _normal(*inputs[0].shape, dtype=dtype, seed=1)
     first = _run(block_attention, inputs, dout, layout, mask)
     second = _run(block_attention, inputs, dout, layout, mask)
@@ -218,11 +259,11 @@ def test_two_runs_are_bitwise_equal(dtype: torch.dtype, mask: str) -> None:
 @pytest.mark.parametrize("layout", [RAGGED, UNIFORM], ids=["ragged", "uniform"])
 @pytest.mark.parametrize("mask", ["anchor", "diagonal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype: torch.dtype, mask: str, layout: BlockLayout, block: int) -> None:
-    q, k, v = _qkv(layout, 2, 2, 16, dtype).unbind(2)
+def test_opcheck(backend: str, dtype: torch.dtype, mask: str, layout: BlockLayout, block: int) -> None:
+    q, k, v = _qkv(layout, *_batch(backend), 16, dtype).unbind(2)
     if block >= 0:
         q = q[:, layout.slice(block)]
-    options = (layout.lengths, mask, 0.25, block, "eager")
+    options = (layout.lengths, mask, 0.25, block, backend)
     leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
     torch.library.opcheck(torch.ops.ard_kernels.block_attention.default, (*leaves, *options))
     out, lse = torch.ops.ard_kernels.block_attention(q, k, v, *options)

@@ -11,7 +11,7 @@ import torch
 
 import ard_kernels
 from ard_kernels import BlockLayout, block_attention, use_backend
-from ard_kernels.backends import chosen
+from ard_kernels.backends import forced
 
 _ABSENT = {name: status.reason for name, status in ard_kernels.backends().items() if not status.available}
 
@@ -24,47 +24,47 @@ def test_every_backend_is_listed_with_a_reason() -> None:
 
 
 def test_use_backend_nests_and_ends() -> None:
-    before = chosen()
+    before = forced()
     with use_backend("eager"):
-        assert chosen() == "eager"
+        assert forced() == "eager"
         with use_backend("eager"):
-            assert chosen() == "eager"
+            assert forced() == "eager"
     with pytest.raises(KeyError), use_backend("eager"):
         raise KeyError
-    assert chosen() == before
+    assert forced() == before
 
 
 def test_every_available_backend_can_be_forced() -> None:
     layout = BlockLayout((2, 3))
-    q = torch.ones(1, 5, 1, 16)
+    q = torch.ones(1, 5, 1, 16, dtype=torch.bfloat16)
     for name, status in ard_kernels.backends().items():
         if status.available:
             with use_backend(name):
-                assert chosen() == name
+                assert forced() == name
                 assert torch.equal(block_attention(q, q, q, layout), q)
 
 
 def test_unknown_backend_is_named() -> None:
-    before = chosen()
+    before = forced()
     with (
         pytest.raises(ValueError, match=r"^use_backend: backend is 'fast', accepted are 'eager'"),
         use_backend("fast"),
     ):
         pytest.fail("the block ran")
-    assert chosen() == before
+    assert forced() == before
 
 
 @pytest.mark.parametrize("name", sorted(_ABSENT))
 def test_absent_backend_says_why(name: str) -> None:
-    before = chosen()
+    before = forced()
     with pytest.raises(RuntimeError) as error, use_backend(name):
         pytest.fail("the block ran")
     assert str(error.value) == f"use_backend: backend {name!r} cannot be used here: {_ABSENT[name]}"
-    assert chosen() == before
+    assert forced() == before
 
 
 def _imported_with(value: str) -> subprocess.CompletedProcess[str]:
-    code = "from ard_kernels.backends import chosen; print(chosen())"
+    code = "from ard_kernels.backends import forced; print(forced())"
     environment = {**os.environ, "ARD_KERNELS_BACKEND": value}
     path = os.pathsep.join(p for p in sys.path if p)
     return subprocess.run(

@@ -1,0 +1,67 @@
+"""python -m ard_kernels: which backends exist here, which one is chosen and why; the compile report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from ard_kernels import backends, compile_report
+from ard_kernels.backends import forced
+
+
+def _info() -> int:
+    print(f"torch {torch.__version__}")
+    for name, status in backends().items():
+        print(f"{name:8}{'available' if status.available else 'absent':10}  {status.reason}")
+    demanded = forced()
+    usable = backends()["triton"].available and torch.cuda.is_available()
+    print(
+        f"chosen: {demanded}, demanded by the environment"
+        if demanded
+        else f"chosen: {'triton' if usable else 'eager'} on cuda, eager elsewhere, by device, dtype and shape"
+    )
+    return 0
+
+
+def _report(architectures: list[int], only: str, path: Path | None) -> int:
+    rows: list[compile_report.Compiled] = []
+    for row in compile_report.compile_all(architectures, only):
+        text = compile_report.table([row]).splitlines()
+        print(*(text if not rows else text[1:]), sep="\n", flush=True)
+        rows.append(row)
+    if not rows:
+        print(f"compile-report: no kernel's name contains {only!r}", file=sys.stderr)
+        return 2
+    if path is not None:
+        path.write_text(json.dumps(compile_report.as_json(rows), indent=1) + "\n")
+    faults = [f"{row.name} sm_{row.arch}: {fault}" for row in rows for fault in compile_report.faults(row)]
+    print(*faults, sep="\n", end="\n" if faults else "")
+    return 1 if faults else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ard_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    report = commands.add_parser(
+        "compile-report", help="compile every Triton kernel ahead of time, without a GPU; what each uses"
+    )
+    report.add_argument("--arch", type=int, nargs="+", default=list(compile_report.ARCHITECTURES),
+                        choices=compile_report.ARCHITECTURES, help="which sm_, default all")  # fmt: skip
+    report.add_argument("--only", default="", help="only kernels whose name contains this")
+    report.add_argument("--json", type=Path, help="write the numbers there")
+    given = parser.parse_args(arguments)
+    if given.command is None:
+        return _info()
+    status = compile_report.unavailable()
+    if status is not None:
+        print(f"compile-report: {status}", file=sys.stderr)
+        return 2
+    return _report(given.arch, given.only, given.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,710 @@
+# Kernels have no Python types: Triton gives them theirs at launch.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+"""Attention between blocks as Triton kernels: forward, backward, and one step with a KV cache.
+
+A mask is a list of tiles. The host cuts every block into tiles of query rows and gives each its one or two
+ranges of keys (`_query_tiles`); the kernels walk those ranges and know nothing of masks. Hidden pairs cost
+nothing, and only a tile or range that ends in the middle compares positions at all.
+
+The head dimension is split into a power of two and a tail of at least 16 columns, the narrowest that the
+tensor cores take on Hopper: 72 costs 64 + 16 = 80 columns, not 128.
+
+The backward is two kernels, one that owns tiles of queries (dq, and delta = rowsum(out * dout) on the way)
+and one that owns tiles of keys (dk, dv). Each output element is summed by one program in a fixed order: two
+runs agree bitwise. Derivation: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ard_kernels.backends import triton_device_reason
+from ard_kernels.compile_report import Production
+from ard_kernels.layout import BlockLayout, Mask
+
+if triton.knobs.runtime.interpret:
+    from ard_kernels.backends import triton_interpreter
+
+    triton_interpreter.install()
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LOG2E = math.log2(math.e)
+
+
+def supports(*tensors: Tensor) -> str | None:
+    """The reason why these q, k and v cannot be taken, or None."""
+    q = tensors[0]
+    if q.dtype not in _DTYPES:
+        return f"q is {q.dtype}, accepted are {', '.join(map(str, _DTYPES))}"
+    if q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return (
+            "q is float32, whose products tensor cores form in TF32; "
+            'torch.set_float32_matmul_precision("high") allows it'
+        )
+    dim = q.shape[-1]
+    if not (16 <= dim <= 128 and dim % 8 == 0):
+        return f"head dim is {dim}, accepted are 16 to 128 in steps of 8"
+    reason: str | None = triton_device_reason(q.device.type)
+    return reason
+
+
+def attention_keeps_lse(q: Tensor, layout: BlockLayout, mask: Mask, block: int) -> bool:
+    """The backward always wants the log-sum-exp."""
+    return True
+
+
+# Tiles
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Work for the programs of one (sample, head)."""
+
+    table: Tensor
+    """int32 (tiles, 7), the most work first: first and last + 1 row; two key ranges; part of a split."""
+    count: int
+    ranges: int
+    """1, or 2 if any tile has two ranges."""
+    whole_rows: bool
+    """Every tile has all its rows."""
+    whole_ranges: bool
+    """Every range is a multiple of the step."""
+
+
+def _make_tiles(entries: Sequence[tuple[int, ...]], rows: int, step: int, device: torch.device) -> _Tiles:
+    entries = sorted(entries, key=lambda e: e[2] - e[3] + e[4] - e[5])
+    return _Tiles(
+        table=torch.tensor(entries, dtype=torch.int32, device=device),
+        count=len(entries),
+        ranges=1 + any(e[5] > e[4] for e in entries),
+        whole_rows=all((e[1] - e[0]) % rows == 0 for e in entries),
+        whole_ranges=all((e[i + 1] - e[i]) % step == 0 for e in entries for i in (2, 4)),
+    )
+
+
+# Kept for good: a CUDA graph may read a table long after its last lookup here.
+@functools.cache
+def _query_tiles(
+    layout: BlockLayout, mask: Mask, block: int, rows: int, step: int, splits: int, device: torch.device
+) -> _Tiles:
+    """Tiles of `rows` queries. A cached step (block >= 0) counts its queries from zero."""
+    entries = []
+    for s in range(layout.blocks) if block < 0 else (block,):
+        first = layout.bounds[s] if block < 0 else 0
+        for start in range(first, first + layout.lengths[s], rows):
+            stop = min(start + rows, first + layout.lengths[s])
+            for part in range(splits):
+                cut = _part(layout.key_ranges(s, mask), step, part, splits)
+                entries.append((start, stop, *cut, part))
+    return _make_tiles(entries, rows, step, device)
+
+
+def _part(ranges: tuple[tuple[int, int], ...], step: int, part: int, parts: int) -> tuple[int, int, int, int]:
+    """One of `parts` equal shares of the steps through `ranges`, as two ranges."""
+    total = sum(-(-(b - a) // step) for a, b in ranges)
+    low, high = total * part // parts, total * (part + 1) // parts
+    shares = []
+    for a, b in ranges:
+        count = -(-(b - a) // step)
+        first, last = max(low, 0), min(high, count)
+        if first < last:
+            shares += [a + first * step, min(a + last * step, b)]
+        low, high = low - count, high - count
+    return (*shares, *([0] * (4 - len(shares))))  # type: ignore[return-value]
+
+
+@functools.cache
+def _key_tiles(
+    layout: BlockLayout, mask: Mask, block: int, rows: int, step: int, device: torch.device
+) -> _Tiles:
+    """Tiles of `rows` keys, each with the one range of queries that see it (empty for a hidden block)."""
+    entries = []
+    for j in range(layout.blocks):
+        seen_by = [
+            s
+            for s in (range(layout.blocks) if block < 0 else (block,))
+            if any(a <= layout.bounds[j] < b for a, b in layout.key_ranges(s, mask))
+        ]
+        low = high = 0
+        if seen_by and block < 0:
+            low, high = layout.bounds[seen_by[0]], layout.bounds[seen_by[-1] + 1]
+            # All four masks: the blocks that see a block are consecutive.
+            assert len(seen_by) == seen_by[-1] - seen_by[0] + 1
+        elif seen_by:
+            high = layout.lengths[block]
+        for start in range(layout.bounds[j], layout.bounds[j + 1], rows):
+            entries.append((start, min(start + rows, layout.bounds[j + 1]), low, high, 0, 0, 0))
+    return _make_tiles(entries, rows, step, device)
+
+
+# Kernels. Strides of samples, tokens and heads arrive divided by 8: multiplied out again here, the compiler
+# knows that a row starts at a multiple of 8 elements and loads 16 bytes at a time. The base of a tile is a
+# 64-bit scalar, offsets inside it are 32-bit.
+
+
+@triton.jit
+def _dot(b_a, b_b, b_acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    if UPCAST:  # Triton's interpreter multiplies the bit patterns of bfloat16 (3.6 to 3.9)
+        b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
+    return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _row(p_x, o_b, o_h, o_row, s_b, s_h, s_row):
+    """Pointer to one row."""
+    return p_x + (o_b * s_b + o_h * s_h + o_row.to(tl.int64) * s_row) * 8
+
+
+@triton.jit
+def _load(
+    p_x, stride, m_row, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, START: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Columns START.. of ROWS rows, zero in columns from D on and, if MASKED, in rows outside m_row."""
+    o_d = START + tl.arange(0, COLS)
+    p_tile = p_x + (tl.arange(0, ROWS)[:, None] * (stride * 8) + o_d[None, :])
+    if MASKED:
+        if START + COLS > D:
+            b_tile = tl.load(p_tile, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+        else:
+            b_tile = tl.load(p_tile, mask=m_row[:, None], other=0.0)
+    elif START + COLS > D:
+        b_tile = tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
+    else:
+        b_tile = tl.load(p_tile)
+    return b_tile
+
+
+@triton.jit
+def _store(
+    p_x, stride, b_tile, m_row, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, START: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    o_d = START + tl.arange(0, COLS)
+    p_tile = p_x + (tl.arange(0, ROWS)[:, None] * (stride * 8) + o_d[None, :])
+    b_tile = b_tile.to(p_x.dtype.element_ty)
+    if MASKED:
+        tl.store(p_tile, b_tile, mask=m_row[:, None] & (o_d < D)[None, :])
+    elif START + COLS > D:
+        tl.store(p_tile, b_tile, mask=(o_d < D)[None, :])
+    else:
+        tl.store(p_tile, b_tile)
+
+
+@triton.jit
+def _attend(
+    b_acc0, b_acc1, b_max, b_sum, b_q0, b_q1, p_k, p_v, k_t, v_t, left, factor, MASKED: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BN keys from p_k on, `left` of them there if MASKED: the online softmax in base 2."""
+    m_n = tl.arange(0, BN) < left
+    b_k0 = _load(p_k, k_t, m_n, MASKED, BN, 0, D0, D)
+    b_s = _dot(b_q0, tl.trans(b_k0), None, UPCAST, PRECISION)
+    if D1 > 0:
+        b_k1 = _load(p_k, k_t, m_n, MASKED, BN, D0, D1, D)
+        b_s = _dot(b_q1, tl.trans(b_k1), b_s, UPCAST, PRECISION)
+    if MASKED:
+        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * factor)
+    # A row whose scores so far are all -inf subtracts 0: exp2(-inf) is 0, -inf - -inf would be NaN.
+    b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_p = tl.math.exp2(b_s * factor - b_shift[:, None])
+    b_scale = tl.math.exp2(b_max - b_shift)
+    b_sum = b_sum * b_scale + tl.sum(b_p, 1)
+    b_v0 = _load(p_v, v_t, m_n, MASKED, BN, 0, D0, D)
+    b_acc0 = _dot(b_p.to(b_v0.dtype), b_v0, b_acc0 * b_scale[:, None], UPCAST, PRECISION)
+    if D1 > 0:
+        b_v1 = _load(p_v, v_t, m_n, MASKED, BN, D0, D1, D)
+        b_acc1 = _dot(b_p.to(b_v1.dtype), b_v1, b_acc1 * b_scale[:, None], UPCAST, PRECISION)
+    return b_acc0, b_acc1, b_new, b_sum
+
+
+@triton.jit
+def _forward_kernel(
+    p_q, p_k, p_v, p_out, p_lse, p_tiles,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    batch, heads, queries, tiles, factor,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    RANGES: tl.constexpr, WHOLE_ROWS: tl.constexpr, WHOLE_RANGES: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out (parts, B, queries, H, D) and the natural log-sum-exp (parts, B, H, queries) of one tile. With more
+    than one part, each is the result over its share of the keys."""
+    pid = tl.program_id(0)
+    p_tile = p_tiles + (pid % tiles) * 7
+    o_b, o_h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
+    first, last, part = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 6)
+    m_m = tl.arange(0, BM) < last - first
+    MASKED: tl.constexpr = not WHOLE_ROWS
+    p_q = _row(p_q, o_b, o_h, first, q_b, q_h, q_t)
+    b_q0 = _load(p_q, q_t, m_m, MASKED, BM, 0, D0, D)
+    b_q1 = b_q0
+    if D1 > 0:
+        b_q1 = _load(p_q, q_t, m_m, MASKED, BM, D0, D1, D)
+    b_acc0 = tl.zeros([BM, D0], tl.float32)
+    b_acc1 = tl.zeros([BM, D1 if D1 > 0 else 16], tl.float32)
+    b_max = tl.full([BM], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+    for r in tl.static_range(RANGES):
+        low, high = tl.load(p_tile + 2 + 2 * r), tl.load(p_tile + 3 + 2 * r)
+        p_kr, p_vr = _row(p_k, o_b, o_h, low, k_b, k_h, k_t), _row(p_v, o_b, o_h, low, v_b, v_h, v_t)
+        for _ in range((high - low) // BN):
+            b_acc0, b_acc1, b_max, b_sum = _attend(
+                b_acc0, b_acc1, b_max, b_sum, b_q0, b_q1, p_kr, p_vr, k_t, v_t, BN, factor,
+                False, D, D0, D1, BN, UPCAST, PRECISION,
+            )  # fmt: skip
+            p_kr += k_t * (8 * BN)
+            p_vr += v_t * (8 * BN)
+        if not WHOLE_RANGES:
+            left = (high - low) % BN
+            if left > 0:
+                b_acc0, b_acc1, b_max, b_sum = _attend(
+                    b_acc0, b_acc1, b_max, b_sum, b_q0, b_q1, p_kr, p_vr, k_t, v_t, left, factor,
+                    True, D, D0, D1, BN, UPCAST, PRECISION,
+                )  # fmt: skip
+    o_b += part * batch
+    b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
+    b_lse = (b_shift + tl.math.log2(b_sum)) * 0.6931471805599453
+    tl.store(p_lse + (o_b * heads + o_h) * queries + first + tl.arange(0, BM), b_lse, mask=m_m)
+    out_t = heads * (D // 8)
+    p_out = _row(p_out, o_b, o_h, first, queries * out_t, D // 8, out_t)
+    _store(p_out, out_t, b_acc0 / b_sum[:, None], m_m, MASKED, BM, 0, D0, D)
+    if D1 > 0:
+        _store(p_out, out_t, b_acc1 / b_sum[:, None], m_m, MASKED, BM, D0, D1, D)
+
+
+@triton.jit
+def _combine_kernel(
+    p_part, p_part_lse, p_out, p_lse, batch, heads, queries,
+    D: tl.constexpr, COLS: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """One result of the results over shares of the keys: their mean weighted by exp(log-sum-exp)."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(queries, BM)
+    o_b, o_h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
+    first = (pid % tiles) * BM
+    o_m = first + tl.arange(0, BM)
+    m_m = o_m < queries
+    b_max = tl.full([BM], float("-inf"), tl.float32)
+    for part in tl.static_range(PARTS):
+        p_row = p_part_lse + ((o_b + part * batch) * heads + o_h) * queries + o_m
+        b_max = tl.maximum(b_max, tl.load(p_row, mask=m_m, other=0.0))
+    b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
+    b_acc = tl.zeros([BM, COLS], tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+    out_t = heads * (D // 8)
+    for part in tl.static_range(PARTS):
+        p_row = p_part_lse + ((o_b + part * batch) * heads + o_h) * queries + o_m
+        b_weight = tl.math.exp(tl.load(p_row, mask=m_m, other=0.0) - b_max)
+        p_tile = _row(p_part, o_b + part * batch, o_h, first, queries * out_t, D // 8, out_t)
+        b_part = _load(p_tile, out_t, m_m, True, BM, 0, COLS, D)
+        # A share whose scores are all -inf has weight 0 and no result (0/0).
+        b_acc += tl.where((b_weight == 0.0)[:, None], 0.0, b_part * b_weight[:, None])
+        b_sum += b_weight
+    tl.store(p_lse + (o_b * heads + o_h) * queries + o_m, b_max + tl.math.log(b_sum), mask=m_m)
+    p_tile = _row(p_out, o_b, o_h, first, queries * out_t, D // 8, out_t)
+    _store(p_tile, out_t, b_acc / b_sum[:, None], m_m, True, BM, 0, COLS, D)
+
+
+@triton.jit
+def _dq_step(
+    b_dq0, b_dq1, b_q0, b_q1, b_do0, b_do1, b_lse, b_delta, p_k, p_v, k_t, v_t, left, factor,
+    MASKED: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BN keys from p_k on, `left` of them there if MASKED."""
+    m_n = tl.arange(0, BN) < left
+    b_k0, b_v0 = _load(p_k, k_t, m_n, MASKED, BN, 0, D0, D), _load(p_v, v_t, m_n, MASKED, BN, 0, D0, D)
+    b_s = _dot(b_q0, tl.trans(b_k0), None, UPCAST, PRECISION)
+    b_dp = _dot(b_do0, tl.trans(b_v0), None, UPCAST, PRECISION)
+    b_k1 = b_k0
+    if D1 > 0:
+        b_k1, b_v1 = _load(p_k, k_t, m_n, MASKED, BN, D0, D1, D), _load(p_v, v_t, m_n, MASKED, BN, D0, D1, D)
+        b_s = _dot(b_q1, tl.trans(b_k1), b_s, UPCAST, PRECISION)
+        b_dp = _dot(b_do1, tl.trans(b_v1), b_dp, UPCAST, PRECISION)
+    b_p = tl.math.exp2(b_s * factor - b_lse[:, None])
+    if MASKED:
+        b_p = tl.where(m_n[None, :], b_p, 0.0)
+    b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k0.dtype)
+    b_dq0 = _dot(b_ds, b_k0, b_dq0, UPCAST, PRECISION)
+    if D1 > 0:
+        b_dq1 = _dot(b_ds, b_k1, b_dq1, UPCAST, PRECISION)
+    return b_dq0, b_dq1
+
+
+@triton.jit
+def _dq_kernel(
+    p_q, p_k, p_v, p_out, p_do, p_lse, p_dq, p_delta, p_tiles,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
+    heads, queries, tiles, factor, scale,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    RANGES: tl.constexpr, WHOLE_ROWS: tl.constexpr, WHOLE_RANGES: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq (B, queries, H, D) of one tile, and delta = rowsum(out * dout), float32 (B, H, queries)."""
+    pid = tl.program_id(0)
+    p_tile = p_tiles + (pid % tiles) * 7
+    o_b, o_h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
+    first, last = tl.load(p_tile), tl.load(p_tile + 1)
+    m_m = tl.arange(0, BM) < last - first
+    MASKED: tl.constexpr = not WHOLE_ROWS
+    out_t = heads * (D // 8)
+    p_q = _row(p_q, o_b, o_h, first, q_b, q_h, q_t)
+    p_out = _row(p_out, o_b, o_h, first, queries * out_t, D // 8, out_t)
+    p_do = _row(p_do, o_b, o_h, first, do_b, do_h, do_t)
+    b_q0 = _load(p_q, q_t, m_m, MASKED, BM, 0, D0, D)
+    b_do0 = _load(p_do, do_t, m_m, MASKED, BM, 0, D0, D)
+    b_out0 = _load(p_out, out_t, m_m, MASKED, BM, 0, D0, D)
+    b_delta = tl.sum(b_out0.to(tl.float32) * b_do0.to(tl.float32), 1)
+    b_q1, b_do1 = b_q0, b_do0
+    if D1 > 0:
+        b_q1 = _load(p_q, q_t, m_m, MASKED, BM, D0, D1, D)
+        b_do1 = _load(p_do, do_t, m_m, MASKED, BM, D0, D1, D)
+        b_out1 = _load(p_out, out_t, m_m, MASKED, BM, D0, D1, D)
+        b_delta += tl.sum(b_out1.to(tl.float32) * b_do1.to(tl.float32), 1)
+    o_m = (o_b * heads + o_h) * queries + first + tl.arange(0, BM)
+    tl.store(p_delta + o_m, b_delta, mask=m_m)
+    b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf")) * 1.4426950408889634
+    b_dq0 = tl.zeros([BM, D0], tl.float32)
+    b_dq1 = tl.zeros([BM, D1 if D1 > 0 else 16], tl.float32)
+    for r in tl.static_range(RANGES):
+        low, high = tl.load(p_tile + 2 + 2 * r), tl.load(p_tile + 3 + 2 * r)
+        p_kr, p_vr = _row(p_k, o_b, o_h, low, k_b, k_h, k_t), _row(p_v, o_b, o_h, low, v_b, v_h, v_t)
+        for _ in range((high - low) // BN):
+            b_dq0, b_dq1 = _dq_step(
+                b_dq0, b_dq1, b_q0, b_q1, b_do0, b_do1, b_lse, b_delta, p_kr, p_vr, k_t, v_t, BN, factor,
+                False, D, D0, D1, BN, UPCAST, PRECISION,
+            )  # fmt: skip
+            p_kr += k_t * (8 * BN)
+            p_vr += v_t * (8 * BN)
+        if not WHOLE_RANGES:
+            left = (high - low) % BN
+            if left > 0:
+                b_dq0, b_dq1 = _dq_step(
+                    b_dq0, b_dq1, b_q0, b_q1, b_do0, b_do1, b_lse, b_delta, p_kr, p_vr, k_t, v_t, left,
+                    factor, True, D, D0, D1, BN, UPCAST, PRECISION,
+                )  # fmt: skip
+    p_dq = _row(p_dq, o_b, o_h, first, queries * out_t, D // 8, out_t)
+    _store(p_dq, out_t, b_dq0 * scale, m_m, MASKED, BM, 0, D0, D)
+    if D1 > 0:
+        _store(p_dq, out_t, b_dq1 * scale, m_m, MASKED, BM, D0, D1, D)
+
+
+@triton.jit
+def _dkv_step(
+    b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, q_t, do_t, left, factor,
+    MASKED: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BM queries from p_q on, `left` of them there if MASKED. Scores are transposed: (keys, queries)."""
+    o_m = tl.arange(0, BM)
+    m_m = o_m < left
+    b_q0, b_do0 = _load(p_q, q_t, m_m, MASKED, BM, 0, D0, D), _load(p_do, do_t, m_m, MASKED, BM, 0, D0, D)
+    if MASKED:
+        # Rows that are not there get the probability exp2(-inf) = 0.
+        b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf")) * 1.4426950408889634
+        b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
+    else:
+        b_lse = tl.load(p_lse + o_m) * 1.4426950408889634
+        b_delta = tl.load(p_delta + o_m)
+    b_s = _dot(b_k0, tl.trans(b_q0), None, UPCAST, PRECISION)
+    b_dp = _dot(b_v0, tl.trans(b_do0), None, UPCAST, PRECISION)
+    b_q1, b_do1 = b_q0, b_do0
+    if D1 > 0:
+        b_q1 = _load(p_q, q_t, m_m, MASKED, BM, D0, D1, D)
+        b_do1 = _load(p_do, do_t, m_m, MASKED, BM, D0, D1, D)
+        b_s = _dot(b_k1, tl.trans(b_q1), b_s, UPCAST, PRECISION)
+        b_dp = _dot(b_v1, tl.trans(b_do1), b_dp, UPCAST, PRECISION)
+    b_p = tl.math.exp2(b_s * factor - b_lse[None, :])
+    b_dv0 = _dot(b_p.to(b_do0.dtype), b_do0, b_dv0, UPCAST, PRECISION)
+    b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q0.dtype)
+    b_dk0 = _dot(b_ds, b_q0, b_dk0, UPCAST, PRECISION)
+    if D1 > 0:
+        b_dv1 = _dot(b_p.to(b_do1.dtype), b_do1, b_dv1, UPCAST, PRECISION)
+        b_dk1 = _dot(b_ds, b_q1, b_dk1, UPCAST, PRECISION)
+    return b_dk0, b_dk1, b_dv0, b_dv1
+
+
+@triton.jit
+def _dkv_kernel(
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_tiles,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
+    heads, queries, keys, tiles, factor, scale,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr, WHOLE_RANGES: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv (B, keys, H, D) of one tile of BN keys, over the queries that see it, BM at a time."""
+    pid = tl.program_id(0)
+    p_tile = p_tiles + (pid % tiles) * 7
+    o_b, o_h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
+    first, last = tl.load(p_tile), tl.load(p_tile + 1)
+    low, high = tl.load(p_tile + 2), tl.load(p_tile + 3)
+    m_n = tl.arange(0, BN) < last - first
+    MASKED: tl.constexpr = not WHOLE_ROWS
+    p_k = _row(p_k, o_b, o_h, first, k_b, k_h, k_t)
+    p_v = _row(p_v, o_b, o_h, first, v_b, v_h, v_t)
+    b_k0, b_v0 = _load(p_k, k_t, m_n, MASKED, BN, 0, D0, D), _load(p_v, v_t, m_n, MASKED, BN, 0, D0, D)
+    b_k1, b_v1 = b_k0, b_v0
+    if D1 > 0:
+        b_k1, b_v1 = _load(p_k, k_t, m_n, MASKED, BN, D0, D1, D), _load(p_v, v_t, m_n, MASKED, BN, D0, D1, D)
+    b_dk0 = tl.zeros([BN, D0], tl.float32)
+    b_dv0 = tl.zeros([BN, D0], tl.float32)
+    b_dk1 = tl.zeros([BN, D1 if D1 > 0 else 16], tl.float32)
+    b_dv1 = tl.zeros([BN, D1 if D1 > 0 else 16], tl.float32)
+    p_q = _row(p_q, o_b, o_h, low, q_b, q_h, q_t)
+    p_do = _row(p_do, o_b, o_h, low, do_b, do_h, do_t)
+    p_lse += (o_b * heads + o_h) * queries + low
+    p_delta += (o_b * heads + o_h) * queries + low
+    for _ in range((high - low) // BM):
+        b_dk0, b_dk1, b_dv0, b_dv1 = _dkv_step(
+            b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, q_t, do_t, BM,
+            factor, False, D, D0, D1, BM, UPCAST, PRECISION,
+        )  # fmt: skip
+        p_q += q_t * (8 * BM)
+        p_do += do_t * (8 * BM)
+        p_lse += BM
+        p_delta += BM
+    if not WHOLE_RANGES:
+        left = (high - low) % BM
+        if left > 0:
+            b_dk0, b_dk1, b_dv0, b_dv1 = _dkv_step(
+                b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, q_t, do_t,
+                left, factor, True, D, D0, D1, BM, UPCAST, PRECISION,
+            )  # fmt: skip
+    out_t = heads * (D // 8)
+    p_dk = _row(p_dk, o_b, o_h, first, keys * out_t, D // 8, out_t)
+    p_dv = _row(p_dv, o_b, o_h, first, keys * out_t, D // 8, out_t)
+    _store(p_dk, out_t, b_dk0 * scale, m_n, MASKED, BN, 0, D0, D)
+    _store(p_dv, out_t, b_dv0, m_n, MASKED, BN, 0, D0, D)
+    if D1 > 0:
+        _store(p_dk, out_t, b_dk1 * scale, m_n, MASKED, BN, D0, D1, D)
+        _store(p_dv, out_t, b_dv1, m_n, MASKED, BN, D0, D1, D)
+
+
+# Launches
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tile sizes and launch options of one kernel."""
+
+    rows: int
+    """Rows of a program's own tile: queries in forward and dq, keys in dkv."""
+    step: int
+    """Rows of the other side that it takes at a time."""
+    warps: int
+    stages: int
+
+
+def _split(dim: int) -> tuple[int, int]:
+    """The head dim as a power of two and a tail; one padded power of two where that is as short."""
+    first = 1 << (dim.bit_length() - 1)
+    rest = dim - first
+    if rest == 0:
+        return first, 0
+    tail = max(16, triton.next_power_of_2(rest))
+    return (first, tail) if tail < first else (2 * first, 0)
+
+
+def launch(kernel: str, dim: int, wide: bool, whole: bool, hopper: bool) -> Launch:
+    """The launch of "forward", "dq" or "dkv" at a head dim, for float32 inputs (`wide`) or 16-bit ones, for
+    blocks that are multiples of the tiles (`whole`), on compute capability 9 and newer (`hopper`) or 8.
+
+    The largest tiles that compile without spills (`python -m ard_kernels compile-report`); not yet measured.
+    At head dim 72 in bfloat16 on sm_90: forward 147 registers, dq 153, dkv 246.
+    """
+    columns = sum(_split(dim))
+    if wide:  # TF32 operands fill the registers: at 128 columns 32 x 16 spills 640 bytes in dkv, 608 in dq
+        return Launch(32, 16, 4, 1) if kernel == "forward" else Launch(16, 16, 8, 1)
+    if kernel == "forward":
+        return Launch(128, 64, 8, 3 if columns <= 80 else 2)
+    if not hopper and (columns > 80 or not whole):  # mma.sync: step 32 spills 16 bytes in dq, 272 in dkv
+        return Launch(128, 16, 8, 3)
+    if kernel == "dkv" and (
+        columns > 96 or not whole
+    ):  # step 64 spills 40 bytes at 128 columns, 16 with tails
+        return Launch(128, 32, 8, 2)
+    return Launch(128, 64, 8, 2)
+
+
+# Every launch of 16-bit inputs has tiles and steps that divide this.
+_WHOLE = 128
+
+
+def _launch(kernel: str, q: Tensor, layout: BlockLayout) -> Launch:
+    hopper = q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] >= 9
+    whole = all(length % _WHOLE == 0 for length in layout.lengths)
+    return launch(kernel, q.shape[-1], q.dtype == torch.float32, whole, hopper)
+
+
+def _common(q: Tensor) -> dict[str, Any]:
+    """Compile-time constants that all kernels take."""
+    d0, d1 = _split(q.shape[-1])
+    upcast = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return {"D": q.shape[-1], "D0": d0, "D1": d1, "UPCAST": upcast, "PRECISION": "tf32"}
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0) // 8, x.stride(1) // 8, x.stride(2) // 8
+
+
+def _loadable(x: Tensor) -> Tensor:
+    """x, or a copy if its rows cannot be loaded 16 bytes at a time."""
+    steps = [x.stride(i) for i in range(3) if x.shape[i] > 1]
+    fits = x.stride(3) == 1 and all(step % 8 == 0 for step in steps) and x.data_ptr() % 16 == 0
+    return x if fits else x.contiguous().clone() if x.is_contiguous() else x.contiguous()
+
+
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Queries and a factor > 0 with the same products: the online softmax scales a maximum."""
+    return (q, scale) if scale > 0 else (q * (-1.0 if scale < 0 else 0.0), abs(scale) or 1.0)
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, mask: Mask, scale: float, block: int
+) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, dim = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
+    if q.numel() == 0:
+        return out, lse
+    q, scale = _positive(q, scale)
+    q, k, v = _loadable(q), _loadable(k), _loadable(v)
+    at = _launch("forward", q, layout)
+    parts = _parts(layout, mask, block, batch * heads * -(-queries // at.rows), at.step)
+    tiles = _query_tiles(layout, mask, block, at.rows, at.step, parts, q.device)
+    part_out, part_lse = out, lse
+    if parts > 1:
+        part_out = torch.empty(parts, *out.shape, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(parts, *lse.shape, dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):
+        _forward_kernel[(tiles.count * batch * heads,)](
+            q, k, v, part_out, part_lse, tiles.table, *_strides(q), *_strides(k), *_strides(v),
+            batch, heads, queries, tiles.count, scale * _LOG2E,
+            **_common(q), BM=at.rows, BN=at.step, RANGES=tiles.ranges,
+            WHOLE_ROWS=tiles.whole_rows, WHOLE_RANGES=tiles.whole_ranges,
+            num_warps=at.warps, num_stages=at.stages,
+        )  # fmt: skip
+        if parts > 1:
+            _combine_kernel[(batch * heads * -(-queries // _COMBINE_ROWS),)](
+                part_out, part_lse, out, lse, batch, heads, queries,
+                D=dim, COLS=triton.next_power_of_2(dim), BM=_COMBINE_ROWS, PARTS=parts, num_warps=4,
+            )  # fmt: skip
+    return out, lse
+
+
+# A step of sampling at batch 1 has few tiles: 16 heads of 256 queries are 32. Its keys are shared out until
+# there are two programs for each of an H200's 132 multiprocessors. A constant, so that results do not depend
+# on the device; at least two steps a share, and eight shares, bound the partial results.
+_FILL = 264
+_MOST_PARTS = 8
+_COMBINE_ROWS = 16
+
+
+def _parts(layout: BlockLayout, mask: Mask, block: int, programs: int, step: int) -> int:
+    if block < 0:
+        return 1
+    steps = sum(-(-(b - a) // step) for a, b in layout.key_ranges(block, mask))
+    return max(1, min(_FILL // programs, steps // 2, _MOST_PARTS))
+
+
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: BlockLayout, mask: Mask,
+    scale: float, block: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, queries, heads, _ = q.shape
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    if q.numel() == 0:
+        return dq, dk.zero_(), dv.zero_()
+    sign = math.copysign(1.0, scale) if scale else 0.0
+    q, scale = _positive(q, scale)
+    q, k, v, out, dout = (_loadable(x) for x in (q, k, v, out, dout))
+    delta = torch.empty_like(lse)
+    with torch.cuda.device_of(q):
+        at = _launch("dq", q, layout)
+        tiles = _query_tiles(layout, mask, block, at.rows, at.step, 1, q.device)
+        _dq_kernel[(tiles.count * batch * heads,)](
+            q, k, v, out, dout, lse, dq, delta, tiles.table,
+            *_strides(q), *_strides(k), *_strides(v), *_strides(dout),
+            heads, queries, tiles.count, scale * _LOG2E, scale,
+            **_common(q), BM=at.rows, BN=at.step, RANGES=tiles.ranges,
+            WHOLE_ROWS=tiles.whole_rows, WHOLE_RANGES=tiles.whole_ranges,
+            num_warps=at.warps, num_stages=at.stages,
+        )  # fmt: skip
+        at = _launch("dkv", q, layout)
+        tiles = _key_tiles(layout, mask, block, at.rows, at.step, q.device)
+        _dkv_kernel[(tiles.count * batch * heads,)](
+            q, k, v, dout, lse, delta, dk, dv, tiles.table,
+            *_strides(q), *_strides(k), *_strides(v), *_strides(dout),
+            heads, queries, k.shape[1], tiles.count, scale * _LOG2E, scale,
+            **_common(q), BM=at.step, BN=at.rows,
+            WHOLE_ROWS=tiles.whole_rows, WHOLE_RANGES=tiles.whole_ranges,
+            num_warps=at.warps, num_stages=at.stages,
+        )  # fmt: skip
+    return (dq if sign == 1.0 else dq * sign), dk, dv
+
+
+# Ahead of time
+
+
+_KERNELS = {"forward": _forward_kernel, "dq": _dq_kernel, "dkv": _dkv_kernel}
+_TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_FLOAT_ARGUMENTS = ("p_lse", "p_delta", "p_part", "p_part_lse")
+
+
+def production(
+    kernel: str, dim: int, dtype: torch.dtype, at: Launch, whole: bool = True, ranges: int = 1
+) -> Production:
+    """A kernel as it is launched for these inputs: `whole`, with tiles and ranges that fit."""
+    d0, d1 = _split(dim)
+    constexprs = {
+        "D": dim, "D0": d0, "D1": d1, "UPCAST": False, "PRECISION": "tf32",
+        "BM": at.step if kernel == "dkv" else at.rows, "BN": at.rows if kernel == "dkv" else at.step,
+        "RANGES": ranges, "WHOLE_ROWS": whole, "WHOLE_RANGES": whole,
+    }  # fmt: skip
+    names = _KERNELS[kernel].arg_names
+    constexprs = {name: value for name, value in constexprs.items() if name in names}
+    signature = {name: _type(name, dtype) for name in names if name not in constexprs}
+    label = f"{_TRITON_TYPES[dtype]}{'' if whole else ' ragged'}{' 2 ranges' if ranges == 2 else ''}"
+    return Production(
+        name=f"attention {kernel} {label} d={dim} {at.rows}x{at.step}",
+        kernel=_KERNELS[kernel],
+        signature=signature,
+        constexprs=constexprs,
+        options={"num_warps": at.warps, "num_stages": at.stages},
+    )
+
+
+def _type(name: str, dtype: torch.dtype) -> str:
+    if name in ("factor", "scale"):
+        return "fp32"
+    if name == "p_tiles":
+        return "*i32"
+    if name.startswith("p_"):
+        return "*fp32" if name in _FLOAT_ARGUMENTS else f"*{_TRITON_TYPES[dtype]}"
+    return "i32"
+
+
+def production_kernels(arch: int) -> Iterator[Production]:
+    """What `attention_forward` and `attention_backward` launch at the usual head dims on sm_`arch`."""
+    for kernel in _KERNELS:
+        one = functools.partial(launch, kernel, hopper=arch >= 90)
+        for dim in (32, 64, 72, 96, 128):
+            yield production(kernel, dim, torch.bfloat16, one(dim, wide=False, whole=True))
+        for dim in (64, 72, 128):
+            yield production(kernel, dim, torch.bfloat16, one(dim, wide=False, whole=False), whole=False)
+            if kernel != "dkv":  # a key is seen by one range of queries
+                yield production(kernel, dim, torch.bfloat16, one(dim, wide=False, whole=True), ranges=2)
+        yield production(kernel, 72, torch.float16, one(72, wide=False, whole=True))
+        for dim in (64, 72, 128):
+            yield production(kernel, dim, torch.float32, one(dim, wide=True, whole=False), whole=False)

@@ -1,0 +1,113 @@
+"""What a section of the suite finds, on disk after every row, and the time that it has left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+import ard_kernels
+from benchmarks.common import write_json
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every section is told."""
+
+    device: str
+    """"cuda" or "cpu"."""
+    quick: bool
+    """Tiny shapes: to see that everything runs."""
+    ceilings: dict[str, float] = field(default_factory=dict)
+    """"copy" in GB/s, read and written; "matmul" in TFLOP/s. Empty until measured."""
+    share: tuple[int, int] = (0, 1)
+    """Which part of how many, where several processes divide a section."""
+
+    def percent(self, ceiling: str, value: float) -> float | None:
+        top = self.ceilings.get(ceiling)
+        return 100 * value / top if top else None
+
+
+class Recorder:
+    """Rows, errors, failures and omissions of one section."""
+
+    def __init__(self, section: str, settings: Settings, path: Path, seconds: float) -> None:
+        self.section, self.settings = section, settings
+        self.device, self.quick = settings.device, settings.quick
+        self._path, self._start, self._end = path, time.monotonic(), time.monotonic() + seconds
+        self.rows: list[dict[str, Any]] = []
+        self.errors: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
+        self.omitted: list[str] = []
+
+    def left(self) -> float:
+        """Seconds."""
+        return self._end - time.monotonic()
+
+    def say(self, text: str) -> None:
+        print(f"[{self.section} {time.monotonic() - self._start:6.1f} s] {text}", flush=True)
+
+    def row(self, line: str, **values: Any) -> None:
+        self.rows.append(values)
+        self.save()
+        self.say(line)
+
+    def error(self, what: str, error: BaseException | str) -> None:
+        """Something could not be done, and the rest goes on."""
+        self.errors[what] = reason(error)
+        self.save()
+        self.say(f"{what}: {self.errors[what]}")
+
+    def fail(self, what: str, why: BaseException | str) -> None:
+        """A correctness check says no: the run ends with an exit code that is not zero."""
+        self.failures[what] = reason(why)
+        self.save()
+        self.say(f"FAILED {what}: {self.failures[what]}")
+
+    def omit(self, what: str) -> None:
+        self.omitted.append(what)
+        self.save()
+        self.say(f"{what}: no time left")
+
+    def attempt(self, what: str, run: Callable[[], T], needs: float = 0.0, ours: bool = False) -> T | None:
+        """The result of `run`; None where fewer than `needs` seconds are left or it raised, which for our own
+        kernels is a failure."""
+        if self.left() < needs:
+            self.omit(what)
+            return None
+        try:
+            return run()
+        except Exception as error:  # peers fail in any way they like
+            (self.fail if ours else self.error)(what, error)
+            return None
+
+    def save(self) -> None:
+        write_json(self._path, {"rows": self.rows, "errors": self.errors, "failures": self.failures,
+                                "omitted": self.omitted})  # fmt: skip
+
+
+def reason(error: BaseException | str) -> str:
+    """One line."""
+    if isinstance(error, str):
+        return error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def backends() -> list[str]:
+    """Those that exist here, our best first."""
+    available = [name for name, status in ard_kernels.backends().items() if status.available]
+    return sorted(available, key=lambda name: name == "eager")
+
+
+def compiled(function: Callable[..., Any], device: str, **options: Any) -> Callable[..., Any]:
+    """`torch.compile`, on a CPU without generating code: what the reduced run shows is that it traces."""
+    if device == "cpu":
+        options = {**options, "mode": None, "backend": "eager"}
+    return torch.compile(function, **options)  # type: ignore[no-any-return]

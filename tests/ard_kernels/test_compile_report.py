@@ -1,0 +1,94 @@
+"""Every production kernel compiles for every architecture without spills, and the report can tell."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ard_kernels.compile_report import ARCHITECTURES, SHARED_LIMIT, Compiled, faults, table
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own: in this one Triton interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+@needs_triton
+def test_every_kernel_is_fit_for_every_architecture(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    done = _python("-m", "ard_kernels", "compile-report", "--json", str(path))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows: list[dict[str, Any]] = json.loads(path.read_text())
+    for arch in ARCHITECTURES:
+        of_arch = [row for row in rows if row["arch"] == arch]
+        names = [row["name"] for row in of_arch]
+        assert len(names) == len(set(names))
+        for kernel in (
+            "attention forward",
+            "attention dq",
+            "attention dkv",
+            "adaln forward",
+            "adaln backward",
+        ):
+            assert any(kernel in name for name in names), kernel
+        for row in of_arch:
+            assert row["spilled"] == row["stack"] == 0
+            assert 0 < row["shared"] <= SHARED_LIMIT[arch] or row["name"].startswith(("adaln", "gated"))
+            assert row["registers"] <= 255
+            assert (row["hgmma"] > 0) == (
+                arch == 90 and row["name"].startswith("attention") and " fp32" not in row["name"]
+            )
+
+
+_SPILLS = """
+import torch
+from ard_kernels.backends.attention_triton import Launch, production
+from ard_kernels.compile_report import compile_one, faults
+print(faults(compile_one(production("dkv", 72, torch.bfloat16, Launch(128, 128, 8, 2)), 90)))
+"""
+
+
+@needs_triton
+def test_a_kernel_that_spills_is_found() -> None:
+    """A tile too large for the registers: bytes of stack, and ptxas says that it serialised wgmma."""
+    done = _python("-c", _SPILLS)
+    assert done.returncode == 0, done.stderr
+    assert "bytes of stack" in done.stdout
+    assert "C7512" in done.stdout
+
+
+def test_faults_are_named() -> None:
+    row = Compiled("attention forward", 90, 8, 255, 8, 16, 300_000, 0, 4, 0)
+    assert faults(row) == [
+        "8 bytes spilled, 16 bytes of stack",
+        "300000 bytes of shared memory, accepted are 232448",
+        "no warpgroup matrix instruction",
+    ]
+    assert "attention forward" in table([row])
+
+
+def test_no_kernel_of_that_name() -> None:
+    done = _python("-m", "ard_kernels", "compile-report", "--only", "nothing")
+    assert done.returncode == 2
+    assert done.stderr == "compile-report: no kernel's name contains 'nothing'\n"
+
+
+def test_says_what_exists() -> None:
+    done = _python("-m", "ard_kernels")
+    assert done.returncode == 0, done.stderr
+    for name in ("eager", "native", "triton", "chosen"):
+        assert name in done.stdout

@@ -1,0 +1,96 @@
+"""The suite's timings through pytest-benchmark: `pytest --benchmark-only`.
+
+On the device that is there: real shapes on a GPU, small ones on a CPU, without Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ard.sampling import sample
+from ard_kernels.layout import Mask
+from benchmarks.common import synchronize
+from benchmarks.suite import adaln, attention, model, record
+from benchmarks.suite.timing import Prepare
+from benchmarks.train_step import training_step
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+QUICK = DEVICE == "cpu"
+BACKENDS = ["eager"] if QUICK else record.backends()
+
+
+def _time(benchmark: Any, prepare: Prepare) -> None:
+    """A call from launch to result; what `prepare` does beforehand is not timed."""
+    count = iter(range(10**9))
+
+    def call(run: Callable[[], object]) -> None:
+        run()
+        synchronize()
+
+    def setup() -> tuple[tuple[Callable[[], object]], dict[str, Any]]:
+        run = prepare(next(count))
+        synchronize()
+        return (run,), {}
+
+    benchmark.pedantic(call, setup=setup, rounds=5 if QUICK else 30, warmup_rounds=2)
+
+
+def _attention_candidates(shape: attention.Shape, mask: Mask) -> list[attention.Candidate]:
+    mine = [attention.our_candidate(name, shape.layout, mask) for name in BACKENDS]
+    flex = attention.flex_candidate(shape, mask, DEVICE)
+    return [*mine, *attention.dense_candidates(shape, mask), flex]
+
+
+ATTENTION = {
+    f"{shape} {mask} {candidate.name}": (shape, candidate)
+    for mask in ("causal", "diagonal")
+    for shape in attention.shapes(QUICK)
+    for candidate in _attention_candidates(shape, mask)  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("phase", attention.PHASES)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(benchmark: Any, name: str, phase: str) -> None:
+    shape, candidate = ATTENTION[name]
+    benchmark.group = f"{name.removesuffix(candidate.name)}{phase}"
+    inputs = attention.padded(attention.make_inputs(shape, DEVICE, 0), shape, candidate.pad)
+    try:
+        prepare = attention.prepared(candidate.build(), [inputs], phase)
+        prepare(0)()
+    except Exception as error:
+        if candidate.ours:
+            raise
+        pytest.skip(record.reason(error))
+    _time(benchmark, prepare)
+
+
+@pytest.mark.parametrize("phase", adaln.PHASES)
+@pytest.mark.parametrize("name", adaln.candidates(adaln.shapes(QUICK)[0], DEVICE, BACKENDS))
+@pytest.mark.parametrize("shape", adaln.shapes(QUICK), ids=str)
+def test_adaln(benchmark: Any, shape: adaln.Shape, name: str, phase: str) -> None:
+    benchmark.group = f"adaLN {shape} {phase}"
+    build, _ = adaln.candidates(shape, DEVICE, BACKENDS)[name]
+    sets = [adaln.make_inputs(shape, DEVICE, seed) for seed in range(2)]
+    _time(benchmark, adaln.prepared(build(), sets, phase))
+
+
+@pytest.mark.parametrize("make", [model.make_student, model.make_baseline])
+def test_training_step(benchmark: Any, make: Callable[..., Any]) -> None:
+    benchmark.group = "training step"
+    data = model.training_data(model.student_config(QUICK), 2 if QUICK else 16, DEVICE)
+    step = training_step(make(DEVICE, QUICK, model.HISTORY), *data, compiled=False)
+    _time(benchmark, lambda i: step)
+
+
+@pytest.mark.parametrize("history", [0, model.HISTORY])
+@pytest.mark.parametrize("batch", [1, 2 if QUICK else 64])
+def test_sampling(benchmark: Any, batch: int, history: int) -> None:
+    benchmark.group = f"4-step sampling, batch {batch}"
+    student = model.make_sampler(DEVICE, QUICK, history)
+    data = model.sampling_data(student, batch, DEVICE)
+    _time(benchmark, lambda i: lambda: sample(student, *data))
