@@ -1,4 +1,4 @@
-"""python -m ard_kernels: which backends exist here, which one is chosen and why; the compile report."""
+"""python -m ard_kernels: which backends exist here, which one is chosen and why; compile report, tuning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ard_kernels import backends, compile_report
+from ard_kernels import backends, compile_report, tune
 from ard_kernels.backends import forced
 
 
@@ -53,9 +53,19 @@ def main(arguments: list[str] | None = None) -> int:
                         choices=compile_report.ARCHITECTURES, help="which sm_, default all")  # fmt: skip
     report.add_argument("--only", default="", help="only kernels whose name contains this")
     report.add_argument("--json", type=Path, help="write the numbers there")
+    tuning = commands.add_parser("tune", help="measure launches on this GPU and write the fastest down")
+    tuning.add_argument("--dims", type=int, nargs="+", default=[64, 72, 128], help="head dims")
+    tuning.add_argument("--length", type=int, default=1024, help="tokens of each of the four blocks")
+    tuning.add_argument("--batch", type=int, default=8, help="samples")
     given = parser.parse_args(arguments)
     if given.command is None:
         return _info()
+    if given.command == "tune":
+        if not torch.cuda.is_available():
+            print("tune: no CUDA device", file=sys.stderr)
+            return 2
+        tune.tune(given.dims, given.length, given.batch)
+        return 0
     status = compile_report.unavailable()
     if status is not None:
         print(f"compile-report: {status}", file=sys.stderr)

@@ -30,6 +30,7 @@ from torch import Tensor
 from ard_kernels.backends import triton_device_reason
 from ard_kernels.compile_report import Production
 from ard_kernels.layout import BlockLayout, Mask
+from ard_kernels.tune import Launch, key, tuned
 
 if triton.knobs.runtime.interpret:
     from ard_kernels.backends import triton_interpreter
@@ -40,12 +41,17 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2E = math.log2(math.e)
 
 
+@torch.compiler.assume_constant_result
+def _demands_float32() -> bool:
+    return torch.get_float32_matmul_precision() == "highest"
+
+
 def supports(*tensors: Tensor) -> str | None:
     """The reason why these q, k and v cannot be taken, or None."""
     q = tensors[0]
     if q.dtype not in _DTYPES:
         return f"q is {q.dtype}, accepted are {', '.join(map(str, _DTYPES))}"
-    if q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+    if q.dtype == torch.float32 and _demands_float32():
         return (
             "q is float32, whose products tensor cores form in TF32; "
             'torch.set_float32_matmul_precision("high") allows it'
@@ -494,18 +500,6 @@ def _dkv_kernel(
 # Launches
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Tile sizes and launch options of one kernel."""
-
-    rows: int
-    """Rows of a program's own tile: queries in forward and dq, keys in dkv."""
-    step: int
-    """Rows of the other side that it takes at a time."""
-    warps: int
-    stages: int
-
-
 def _split(dim: int) -> tuple[int, int]:
     """The head dim as a power of two and a tail; one padded power of two where that is as short."""
     first = 1 << (dim.bit_length() - 1)
@@ -537,14 +531,22 @@ def launch(kernel: str, dim: int, wide: bool, whole: bool, hopper: bool) -> Laun
     return Launch(128, 64, 8, 2)
 
 
-# Every launch of 16-bit inputs has tiles and steps that divide this.
+# Tiles and steps of 16-bit inputs divide this, here and in `tune.candidates`.
 _WHOLE = 128
 
 
+def is_whole(layout: BlockLayout) -> bool:
+    """Whether blocks are multiples of every tile."""
+    return all(length % _WHOLE == 0 for length in layout.lengths)
+
+
 def _launch(kernel: str, q: Tensor, layout: BlockLayout) -> Launch:
-    hopper = q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] >= 9
-    whole = all(length % _WHOLE == 0 for length in layout.lengths)
-    return launch(kernel, q.shape[-1], q.dtype == torch.float32, whole, hopper)
+    dim, wide, whole = q.shape[-1], q.dtype == torch.float32, is_whole(layout)
+    if q.device.type != "cuda":
+        return launch(kernel, dim, wide, whole, hopper=True)
+    measured = None if wide else tuned(torch.cuda.get_device_name(q.device), key(kernel, dim, whole))
+    hopper = torch.cuda.get_device_capability(q.device)[0] >= 9
+    return measured or launch(kernel, dim, wide, whole, hopper)
 
 
 def _common(q: Tensor) -> dict[str, Any]:

@@ -123,6 +123,16 @@ def test_rows_with_nothing_but_minus_infinity_so_far() -> None:
     )
 
 
+def test_keys_that_are_not_there_weigh_nothing_under_very_low_scores(
+    assert_accurate: Callable[..., None],
+) -> None:
+    """All scores near -100: a missing key's score of 0 would weigh exp(100)."""
+    x = _qkv(70, 16) * 0.01
+    x[:, :, 0] += 5
+    x[:, :, 1] -= 5
+    _compare(assert_accurate, x, BlockLayout((70,)), "causal")
+
+
 def test_memory_that_cannot_be_loaded_in_vectors() -> None:
     """An odd offset and odd strides are copied first; the bits are those of contiguous tensors."""
     layout = BlockLayout((5, 4))

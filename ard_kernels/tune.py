@@ -1,0 +1,140 @@
+"""Measures which launch of each attention kernel is the fastest on the GPU at hand, and writes it down.
+
+    python -m ard_kernels tune [--dims 64 72 128] [--length 1024] [--batch 8]
+
+The table goes to the file that `ARD_KERNELS_LAUNCHES` names, else to `~/.cache/ard_kernels/launches.json`;
+the first launch of a process reads it. It has one section per GPU name, and other GPUs' sections stay.
+Launches differ in speed and in the order of sums, not in meaning.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+_VARIABLE = "ARD_KERNELS_LAUNCHES"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tile sizes and launch options of one attention kernel."""
+
+    rows: int
+    """Rows of a program's own tile: queries in forward and dq, keys in dkv."""
+    step: int
+    """Rows of the other side that it takes at a time."""
+    warps: int
+    stages: int
+
+
+def table_path() -> Path:
+    """Where the table is, or would be."""
+    named = os.environ.get(_VARIABLE)
+    return Path(named) if named else Path.home() / ".cache" / "ard_kernels" / "launches.json"
+
+
+def key(kernel: str, dim: int, whole: bool) -> str:
+    return f"{kernel} {dim}{'' if whole else ' ragged'}"
+
+
+@cache
+def _table() -> dict[str, dict[str, Launch]]:
+    """By GPU name and `key`. A file that is not such a table is an error that names it."""
+    path = table_path()
+    if not path.exists():
+        return {}
+    names = {field.name for field in fields(Launch)}
+    try:
+        stored = json.loads(path.read_text())
+        table = {
+            gpu: {name: Launch(**entry) for name, entry in section.items()} for gpu, section in stored.items()
+        }
+        sizes = [v for section in table.values() for at in section.values() for v in asdict(at).values()]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: is no table of launches (fields {sorted(names)}): {error}") from None
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"{path}: a launch has a value that is no positive integer")
+    return table
+
+
+_trial: dict[str, Launch] = {}
+
+
+def tuned(gpu: str, name: str) -> Launch | None:
+    """What was measured to be the fastest on this GPU, if anything was."""
+    return _trial.get(name) or _table().get(gpu, {}).get(name)
+
+
+def candidates() -> Iterator[Launch]:
+    """Launches worth a measurement. 4 warps own 64 rows of a wgmma tile or less; larger tiles take 8."""
+    for rows, step, stages in itertools.product((64, 128), (32, 64, 128), (2, 3, 4)):
+        for warps in (4, 8) if rows == 128 else (4,):
+            yield Launch(rows, step, warps, stages)
+
+
+def fastest(name: str, time: Callable[[], float], say: Callable[[str], None]) -> tuple[Launch, float] | None:
+    """The candidate with which `time` is shortest; None where none runs."""
+    best: tuple[Launch, float] | None = None
+    for at in candidates():
+        _trial[name] = at
+        try:
+            measured = time()
+        except Exception as error:  # too much shared memory, or the compiler refuses the tile
+            say(f"{name}: {at}: {type(error).__name__}: {str(error)[:80]}")
+            continue
+        finally:
+            del _trial[name]
+        say(f"{name}: {at}: {measured:.3f} ms")
+        if best is None or measured < best[1]:
+            best = at, measured
+    return best
+
+
+def write(gpu: str, found: dict[str, Launch]) -> Path:
+    """Puts launches into the table, atomically; what it has besides stays."""
+    path = table_path()
+    table = {name: dict(section) for name, section in _table().items()}
+    table.setdefault(gpu, {}).update(found)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    stored = {name: {entry: asdict(at) for entry, at in section.items()} for name, section in table.items()}
+    temporary.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+    temporary.replace(path)
+    _table.cache_clear()
+    return path
+
+
+def tune(dims: list[int], length: int, batch: int, heads: int = 16) -> dict[str, Launch]:
+    """Measures forward, dq and dkv for block-causal attention over four blocks in bfloat16."""
+    from triton.testing import do_bench
+
+    from ard_kernels.backends import attention_triton as kernels
+    from ard_kernels.layout import BlockLayout
+
+    gpu = torch.cuda.get_device_name()
+    layout = BlockLayout.uniform(4, length)
+    found = {}
+    for dim in dims:
+        packed = torch.randn(batch, layout.total, 4, heads, dim, device="cuda", dtype=torch.bfloat16)
+        q, k, v, dout = packed.unbind(2)
+        forward = partial(kernels.attention_forward, q, k, v, layout, "causal", dim**-0.5, -1)
+        out, lse = forward()
+        backward = partial(
+            kernels.attention_backward, dout, q, k, v, out, lse, layout, "causal", dim**-0.5, -1
+        )
+        for kernel, call in (("forward", forward), ("dq", backward), ("dkv", backward)):
+            name = key(kernel, dim, kernels.is_whole(layout))
+            best = fastest(name, partial(do_bench, call), partial(print, flush=True))
+            if best is not None:
+                found[name] = _trial[name] = best[0]  # dkv is measured beside the best dq
+                print(f"{name}: best {best[0]}, {best[1]:.3f} ms", flush=True)
+    _trial.clear()
+    print(f"written: {write(gpu, found)}")
+    return found

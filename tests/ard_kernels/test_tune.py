@@ -1,0 +1,72 @@
+"""The table of measured launches: what is chosen, kept, read and refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ard_kernels import tune
+from ard_kernels.__main__ import main
+from ard_kernels.tune import Launch, candidates, fastest, key, tuned, write
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("ARD_KERNELS_LAUNCHES", str(tmp_path / "deep" / "launches.json"))
+    tune._table.cache_clear()
+    yield tmp_path / "deep" / "launches.json"
+    tune._table.cache_clear()
+
+
+def test_the_fastest_that_runs_is_chosen(path: Path) -> None:
+    """Every candidate is in force while it is timed; those that fail are passed over and named."""
+    times = {at: 10.0 - i for i, at in enumerate(candidates())}
+    last = list(candidates())[-1]
+    seen, said = [], []
+
+    def time() -> float:
+        at = tuned("GPU", "forward 72")
+        assert at is not None
+        seen.append(at)
+        if at == last:
+            raise RuntimeError("out of resource: shared memory")
+        return times[at]
+
+    best = fastest("forward 72", time, said.append)
+    assert seen == list(candidates())
+    assert best == (seen[-2], times[seen[-2]])
+    assert "out of resource" in said[-1]
+    assert tuned("GPU", "forward 72") is None
+
+
+def test_the_table_is_kept_per_gpu(path: Path) -> None:
+    write("A", {key("dq", 72, True): Launch(128, 64, 8, 2)})
+    write("B", {key("dq", 72, True): Launch(64, 64, 4, 3)})
+    write("A", {key("dkv", 72, False): Launch(128, 32, 8, 2)})
+    assert tuned("A", "dq 72") == Launch(128, 64, 8, 2)
+    assert tuned("A", "dkv 72 ragged") == Launch(128, 32, 8, 2)
+    assert tuned("B", "dq 72") == Launch(64, 64, 4, 3)
+    assert tuned("B", "dkv 72 ragged") is None
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    ["{", "[]", '{"A": {"dq 72": {"rows": 1}}}', '{"A": {"dq 72": 3}}', json.dumps(
+        {"A": {"dq 72": {"rows": 128, "step": 64, "warps": 8, "stages": 0}}}
+    )],
+)  # fmt: skip
+def test_a_file_that_is_no_table_is_named(path: Path, stored: str) -> None:
+    path.parent.mkdir()
+    path.write_text(stored)
+    with pytest.raises(ValueError, match=r"launches\.json"):
+        tuned("A", "dq 72")
+
+
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["tune"]) == 2
+    assert capsys.readouterr().err == "tune: no CUDA device\n"
