@@ -32,6 +32,14 @@ class Launch:
     """Rows of the other side that it takes at a time."""
     warps: int
     stages: int
+    registers: int | None = None
+    """Most a thread may use; 128 lets two programs of 8 warps share a multiprocessor."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As Triton takes them."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
 def table_path() -> Path:
@@ -59,7 +67,7 @@ def _table() -> dict[str, dict[str, Launch]]:
         sizes = [v for section in table.values() for at in section.values() for v in asdict(at).values()]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: is no table of launches (fields {sorted(names)}): {error}") from None
-    if not all(type(size) is int and size > 0 for size in sizes):
+    if not all(size is None or (type(size) is int and size > 0) for size in sizes):
         raise ValueError(f"{path}: a launch has a value that is no positive integer")
     return table
 
@@ -75,8 +83,10 @@ def tuned(gpu: str, name: str) -> Launch | None:
 def candidates() -> Iterator[Launch]:
     """Launches worth a measurement. 4 warps own 64 rows of a wgmma tile or less; larger tiles take 8."""
     for rows, step, stages in itertools.product((64, 128), (32, 64, 128), (2, 3, 4)):
-        for warps in (4, 8) if rows == 128 else (4,):
-            yield Launch(rows, step, warps, stages)
+        yield Launch(rows, step, 4, stages)
+        if rows == 128:
+            yield Launch(rows, step, 8, stages)
+            yield Launch(rows, step, 8, stages, registers=128)
 
 
 def fastest(name: str, time: Callable[[], float], say: Callable[[str], None]) -> tuple[Launch, float] | None:

@@ -3,9 +3,9 @@
     ard demo --out runs/effect --iterations 8000 --samples 20000 --batch-size 32
     python -m benchmarks.effect_features runs/effect
 
-Both students of a demo, the teacher from the same noise, and test images are compared with the training images
-in features of the embedded classifier, of small classifiers trained here, and in the pixels; so are test
-images after a blur and after noise of the same squared error, which tells what the features look at.
+Both students of a demo, the teacher from the same noise, and test images are compared with training images in
+features of the embedded classifier, of small classifiers trained here, and in the pixels; so are test images
+after a blur and after noise of the same squared error, which tells what the features look at.
 """
 
 from __future__ import annotations

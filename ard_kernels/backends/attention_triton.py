@@ -510,19 +510,21 @@ def _split(dim: int) -> tuple[int, int]:
     return (first, tail) if tail < first else (2 * first, 0)
 
 
-def launch(kernel: str, dim: int, wide: bool, whole: bool, hopper: bool) -> Launch:
+def launch(kernel: str, dim: int, wide: bool, whole: bool, major: int) -> Launch:
     """The launch of "forward", "dq" or "dkv" at a head dim, for float32 inputs (`wide`) or 16-bit ones, for
-    blocks that are multiples of the tiles (`whole`), on compute capability 9 and newer (`hopper`) or 8.
+    blocks that are multiples of the tiles (`whole`), on compute capability `major`.
 
     The largest tiles that compile without spills (`python -m ard_kernels compile-report`); not yet measured.
-    At head dim 72 in bfloat16 on sm_90: forward 147 registers, dq 153, dkv 246.
+    At head dim 72 in bfloat16 on sm_90: forward 127 registers, dq 149, dkv 246.
     """
     columns = sum(_split(dim))
     if wide:  # TF32 operands fill the registers: at 128 columns 32 x 16 spills 640 bytes in dkv, 608 in dq
         return Launch(32, 16, 4, 1) if kernel == "forward" else Launch(16, 16, 8, 1)
+    if kernel == "forward" and columns <= 80:  # 147 registers if it may, 127 without spills
+        return Launch(128, 64, 8, 3, registers=128 if major == 9 else None)
     if kernel == "forward":
-        return Launch(128, 64, 8, 3 if columns <= 80 else 2)
-    if not hopper and (columns > 80 or not whole):  # mma.sync: step 32 spills 16 bytes in dq, 272 in dkv
+        return Launch(128, 64, 8, 2)
+    if major == 8 and (columns > 80 or not whole):  # mma.sync: step 32 spills 16 bytes in dq, 272 in dkv
         return Launch(128, 16, 8, 3)
     if kernel == "dkv" and (
         columns > 96 or not whole
@@ -543,10 +545,10 @@ def is_whole(layout: BlockLayout) -> bool:
 def _launch(kernel: str, q: Tensor, layout: BlockLayout) -> Launch:
     dim, wide, whole = q.shape[-1], q.dtype == torch.float32, is_whole(layout)
     if q.device.type != "cuda":
-        return launch(kernel, dim, wide, whole, hopper=True)
+        return launch(kernel, dim, wide, whole, major=9)
     measured = None if wide else tuned(torch.cuda.get_device_name(q.device), key(kernel, dim, whole))
-    hopper = torch.cuda.get_device_capability(q.device)[0] >= 9
-    return measured or launch(kernel, dim, wide, whole, hopper)
+    major, _ = torch.cuda.get_device_capability(q.device)
+    return measured or launch(kernel, dim, wide, whole, major)
 
 
 def _common(q: Tensor) -> dict[str, Any]:
@@ -595,7 +597,7 @@ def attention_forward(
             batch, heads, queries, tiles.count, scale * _LOG2E,
             **_common(q), BM=at.rows, BN=at.step, RANGES=tiles.ranges,
             WHOLE_ROWS=tiles.whole_rows, WHOLE_RANGES=tiles.whole_ranges,
-            num_warps=at.warps, num_stages=at.stages,
+            **at.options,
         )  # fmt: skip
         if parts > 1:
             _combine_kernel[(batch * heads * -(-queries // _COMBINE_ROWS),)](
@@ -641,7 +643,7 @@ def attention_backward(
             heads, queries, tiles.count, scale * _LOG2E, scale,
             **_common(q), BM=at.rows, BN=at.step, RANGES=tiles.ranges,
             WHOLE_ROWS=tiles.whole_rows, WHOLE_RANGES=tiles.whole_ranges,
-            num_warps=at.warps, num_stages=at.stages,
+            **at.options,
         )  # fmt: skip
         at = _launch("dkv", q, layout)
         tiles = _key_tiles(layout, mask, block, at.rows, at.step, q.device)
@@ -651,7 +653,7 @@ def attention_backward(
             heads, queries, k.shape[1], tiles.count, scale * _LOG2E, scale,
             **_common(q), BM=at.step, BN=at.rows,
             WHOLE_ROWS=tiles.whole_rows, WHOLE_RANGES=tiles.whole_ranges,
-            num_warps=at.warps, num_stages=at.stages,
+            **at.options,
         )  # fmt: skip
     return (dq if sign == 1.0 else dq * sign), dk, dv
 
@@ -683,8 +685,15 @@ def production(
         kernel=_KERNELS[kernel],
         signature=signature,
         constexprs=constexprs,
-        options={"num_warps": at.warps, "num_stages": at.stages},
+        options=at.options,
     )
+
+
+def _combine_production() -> Production:
+    names = _combine_kernel.arg_names
+    constexprs = {"D": 72, "COLS": 128, "BM": _COMBINE_ROWS, "PARTS": _MOST_PARTS}
+    signature = {name: _type(name, torch.bfloat16) for name in names if name not in constexprs}
+    return Production("attention combine bf16 d=72", _combine_kernel, signature, constexprs, {"num_warps": 4})
 
 
 def _type(name: str, dtype: torch.dtype) -> str:
@@ -699,8 +708,9 @@ def _type(name: str, dtype: torch.dtype) -> str:
 
 def production_kernels(arch: int) -> Iterator[Production]:
     """What `attention_forward` and `attention_backward` launch at the usual head dims on sm_`arch`."""
+    yield _combine_production()
     for kernel in _KERNELS:
-        one = functools.partial(launch, kernel, hopper=arch >= 90)
+        one = functools.partial(launch, kernel, major=arch // 10)
         for dim in (32, 64, 72, 96, 128):
             yield production(kernel, dim, torch.bfloat16, one(dim, wide=False, whole=True))
         for dim in (64, 72, 128):
