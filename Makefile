@@ -46,6 +46,9 @@ test-slow: $(VENV)/.developer
 test-gpu: $(VENV)/.developer
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
+bench: $(VENV)/.developer
+	$(BIN)/python -m pytest --benchmark-only tests/benchmarks $(ARGS)
+
 lint: $(VENV)/.developer
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -121,7 +121,8 @@ class AdaLNModulation(nn.Sequential):
         self.rows = rows
 
     def forward(self, condition: Tensor) -> Tensor:
-        table: Tensor = super().forward(condition).unflatten(-1, (self.rows, -1))  # type: ignore[no-untyped-call]
+        activation, linear = self
+        table: Tensor = linear(activation(condition)).unflatten(-1, (self.rows, -1))
         return table
 
 

@@ -415,17 +415,18 @@ def gated_residual_adaln_backward(
 
 # DiT-S, -B, -L, -XL, and the widest row.
 _PRODUCTION_WIDTHS = (384, 768, 1024, 1152, 4096)
+_XL = 1152
 
 
 def production_kernels(arch: int) -> Iterator[Production]:
-    """The kernels as training launches them: every operator, equal blocks, in bfloat16 and with the residual
-    in float32 as under autocast; at DiT-XL's width also float32 throughout, and unequal blocks. They are the
-    same for every `arch`."""
+    """The kernels as training launches them, with equal blocks, in bfloat16 and with the residual in float32
+    as under autocast: the operator that does most at every width, at DiT-XL's also the others, float32
+    throughout, and unequal blocks. They are the same for every `arch`."""
     for width in _PRODUCTION_WIDTHS:
         yield from _productions(width, "bf16", "bf16", uniform=True)
         yield from _productions(width, "fp32", "bf16", uniform=True)
-    yield from _productions(1152, "fp32", "fp32", uniform=True)
-    yield from _productions(1152, "bf16", "bf16", uniform=False)
+    yield from _productions(_XL, "fp32", "fp32", uniform=True)
+    yield from _productions(_XL, "bf16", "bf16", uniform=False)
 
 
 def _productions(width: int, residual: str, other: str, uniform: bool) -> Iterator[Production]:
@@ -437,6 +438,8 @@ def _productions(width: int, residual: str, other: str, uniform: bool) -> Iterat
     for operator, gate, norm in (
         ("adaln", False, True), ("gated_residual", True, False), ("gated_residual_adaln", True, True),
     ):  # fmt: skip
+        if width != _XL and not (gate and norm):
+            continue
         flags = {"GATE": gate, "NORM": norm, "D": width}
         columns = {"UNIFORM": uniform, "COLUMNS": launch.columns, "VECTOR": launch.vector}
         yield _production(
