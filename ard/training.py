@@ -119,6 +119,15 @@ def _load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tens
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
 
 
+def _scaler_tensors(scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in scaler.state_dict().items()}
+
+
+def _load_scaler(scaler: torch.amp.GradScaler, tensors: Mapping[str, Tensor]) -> None:
+    own = scaler.state_dict()
+    scaler.load_state_dict({name: type(own[name])(value) for name, value in tensors.items()})
+
+
 def fit(
     run: Run,
     accelerator: Accelerator,
@@ -155,6 +164,8 @@ def fit(
         # In the order of the weights: `update` pairs them by position, and a file lists its tensors by name.
         ema.average = {name: groups["ema"][name].to(accelerator.device) for name in ema.source}
         _load_optimiser(optimiser, groups["optimiser"])
+        if accelerator.scaler is not None:  # fp16
+            _load_scaler(accelerator.scaler, groups["scaler"])
     bare = model
     if o.compile:
         model.compile()
@@ -205,6 +216,8 @@ def fit(
                     "ema": ema.average,
                     "optimiser": _optimiser_tensors(optimiser),
                 }
+                if accelerator.scaler is not None:
+                    groups["scaler"] = _scaler_tensors(accelerator.scaler)
                 run.save_checkpoint(done, groups, o.keep_checkpoints)
     accelerator.wait_for_everyone()
     return ema.state(bare)

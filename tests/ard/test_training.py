@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
-from ard.checkpoints import load_student, load_teacher, read_tensors
+from ard.checkpoints import load_student, load_teacher, read_tensors, write_tensors
 from ard.data import index_noise
 from ard.runs import Run
 from ard.training import (
@@ -27,6 +27,8 @@ from ard.training import (
     DistillConfig,
     Optimisation,
     TrainTeacherConfig,
+    _load_scaler,
+    _scaler_tensors,
     accelerator_for,
     distill,
     fit,
@@ -105,6 +107,26 @@ def test_a_killed_run_ends_as_if_it_had_not_been(recording: RecordConfig, tmp_pa
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert [path.name for path in checkpoints.iterdir()] == ["step-00000100"]
     assert not [*out.rglob("*.tmp")], "remains of a killed write"
+
+
+def test_the_scale_of_fp16_survives(tmp_path: Path) -> None:
+    """A loss scale that overflows have lowered, and its count of good steps, as a checkpoint's tensors."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, growth_interval=3)
+    weight = torch.ones(1, requires_grad=True)
+    optimiser = torch.optim.SGD([weight], 0.1)
+    for gradient in (2.0**80, 2.0**80, 1.0):
+        scaler.scale(gradient * weight.sum()).backward()
+        scaler.step(optimiser)
+        scaler.update()
+        optimiser.zero_grad()
+    wanted = scaler.state_dict()
+    assert (wanted["scale"], wanted["_growth_tracker"]) == (2.0**58, 1)
+    write_tensors(tmp_path / "scaler.safetensors", _scaler_tensors(scaler))
+    other = torch.amp.GradScaler("cpu")
+    _load_scaler(other, read_tensors(tmp_path / "scaler.safetensors"))
+    got = other.state_dict()
+    assert got == wanted
+    assert {name: type(value) for name, value in got.items()} == {n: type(v) for n, v in wanted.items()}
 
 
 def test_a_finished_run_is_not_trained_again(recording: RecordConfig, tmp_path: Path) -> None:
