@@ -80,7 +80,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         triton = pytest.importorskip("triton", reason="Triton is not installed")
         if not triton.knobs.runtime.interpret:
             pytest.skip("Triton compiles for the GPU here: see 'triton on cuda'")
-    torch.set_default_device(device or "cpu")
+    torch.set_default_device(device or None)  # not "cpu", a mode that torch.compile must trace
     precision = torch.get_float32_matmul_precision()
     if name == "triton":
         torch.set_float32_matmul_precision("high")  # its condition for float32
@@ -89,4 +89,4 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
             yield name
     finally:
         torch.set_float32_matmul_precision(precision)
-        torch.set_default_device("cpu")
+        torch.set_default_device(None)

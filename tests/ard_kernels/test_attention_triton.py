@@ -21,13 +21,13 @@ _UNITS = {torch.float32: 24.0, torch.bfloat16: 3.0, torch.float16: 4.0}  # as in
 def _triton(request: pytest.FixtureRequest) -> Iterator[None]:
     if not backends()["triton"].available:
         pytest.skip(backends()["triton"].reason)
-    torch.set_default_device(request.param)
+    torch.set_default_device(None if request.param == "cpu" else request.param)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     with use_backend("triton"):
         yield
     torch.set_float32_matmul_precision(precision)
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
 
 
 def _qkv(tokens: int, dim: int, dtype: torch.dtype = torch.float32, heads: int = 1, seed: int = 0) -> Tensor:
