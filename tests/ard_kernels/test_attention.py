@@ -73,7 +73,7 @@ def _check(
 
 def _examples(backend: str) -> settings:
     """Triton's interpreter takes some 30 ms for every program."""
-    return settings(max_examples=8 if backend == "triton" else 30)
+    return settings(max_examples=6 if backend == "triton" else 30)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -110,6 +110,8 @@ def test_every_head_dim(
     backend: str, assert_accurate: Callable[..., None], dim: int, dtype: torch.dtype
 ) -> None:
     _skip_unless_taken(backend, dtype)
+    if backend == "triton" and dtype != torch.bfloat16 and dim not in (24, 72, 128):
+        pytest.skip("the kernels differ by head dim and by dtype, not by both")
     for layout in (RAGGED, UNIFORM) if backend == "eager" else (RAGGED,):
         inputs = _qkv(layout, *_batch(backend), dim, dtype).unbind(2)
         _check(assert_accurate, block_attention, reference.block_attention, inputs, layout, "causal")
