@@ -117,7 +117,6 @@ def test_files_that_are_not_idx_are_named_and_refused(tmp_path: Path) -> None:
 
 
 def test_digits_are_split_by_every_tenth_image() -> None:
-    pytest.importorskip("sklearn")
     train, test = load_images("digits", True), load_images("digits", False)
     assert (len(train), len(test)) == (1617, 180)
     for images in (train, test):

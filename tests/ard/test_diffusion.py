@@ -28,7 +28,8 @@ def _network(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
 
 
 def _scheduler(schedule: str, prediction: str, spacing: str, steps: int) -> Any:
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     scheduler = diffusers.DDIMScheduler(
         beta_start=1e-4, beta_end=0.02, beta_schedule=_DIFFUSERS[schedule], clip_sample=False,
         set_alpha_to_one=True, prediction_type=_DIFFUSERS[prediction], timestep_spacing=spacing,

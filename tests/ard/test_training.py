@@ -334,7 +334,6 @@ def test_every_step_draws_noise_of_its_own(tmp_path: Path) -> None:
 def test_a_teacher_learns_and_goes_on(tmp_path: Path) -> None:
     """A teacher of 4 + 4 steps is the teacher of 8 steps: its noise, times and dropped classes depend on the
     step."""
-    pytest.importorskip("sklearn")
     o = Optimisation(
         iterations=8, batch_size=16, ema=0.5, log_every=1, checkpoint_every=4, keep_checkpoints=9,
         sample_every=4

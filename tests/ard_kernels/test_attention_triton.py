@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
-
-from ard_kernels import BlockLayout, block_attention, cached_block_attention, reference, use_backend
-from ard_kernels.backends import attention_triton, backends
+from ard_kernels import BlockLayout, block_attention, cached_block_attention, reference
+from ard_kernels.backends import attention_triton
 from ard_kernels.layout import MASKS
 
 _UNITS = {torch.float32: 24.0, torch.bfloat16: 3.0, torch.float16: 4.0}  # as in test_attention.py
 
 
-@pytest.fixture(autouse=True, scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def _triton(request: pytest.FixtureRequest) -> Iterator[None]:
-    if not backends()["triton"].available:
-        pytest.skip(backends()["triton"].reason)
-    torch.set_default_device(None if request.param == "cpu" else request.param)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    with use_backend("triton"):
-        yield
-    torch.set_float32_matmul_precision(precision)
-    torch.set_default_device(None)
+pytestmark = pytest.mark.usefixtures("triton")
 
 
 def _qkv(tokens: int, dim: int, dtype: torch.dtype = torch.float32, heads: int = 1, seed: int = 0) -> Tensor:

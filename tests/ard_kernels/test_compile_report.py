@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,9 +13,7 @@ import pytest
 
 from ard_kernels.compile_report import ARCHITECTURES, SHARED_LIMIT, Compiled, faults, table
 
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
+needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux alone")
 
 
 def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
