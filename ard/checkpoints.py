@@ -3,6 +3,7 @@ anything."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -10,12 +11,12 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -71,20 +72,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         temporary.chmod(0o666 & ~umask)  # like any other file; safetensors makes files for the owner alone
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a .pt/.pth/.ckpt file as far as it holds nothing but data.
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a .safetensors file, or of a .pt/.pth/.ckpt/.bin file as far as it holds nothing but
+    data; and the arguments of the training script that wrote it, as far as they are in it.
 
-    A checkpoint that keeps its weights under "ema", "model" or "state_dict" gives those (in this order).
+    A checkpoint that keeps its weights under "ema", "model" or "state_dict" gives those (in this order). Its
+    arguments lie under "args", an argparse.Namespace or a mapping.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            return load_file(path), {}
         except SafetensorError as error:
             raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
     try:
-        with warnings.catch_warnings(action="ignore"):
+        # A namespace holds attributes and runs nothing.
+        namespace = torch.serialization.safe_globals([argparse.Namespace])
+        with warnings.catch_warnings(action="ignore"), namespace:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
@@ -93,28 +98,87 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         found = re.search(r"WeightsUnpickler error: (Unsupported \w+: )?(.*?)(\. |\n|$)", str(error))
         reason = (found[2] if found else str(error).partition("\n")[0]) or type(error).__name__
         raise ValueError(f"{path}: refused, it is not a file of plain tensors ({reason[:160]})") from None
+    arguments = loaded.get("args", {}) if isinstance(loaded, dict) else {}
+    if isinstance(arguments, argparse.Namespace):
+        arguments = vars(arguments)
     for key in ("ema", "model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
             break
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise ValueError(f"{path}: accepted is a mapping of names to tensors")
-    return loaded
+    return loaded, arguments if isinstance(arguments, dict) else {}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; nothing for a file of another kind."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of `read_checkpoint`."""
+    return read_checkpoint(path)[0]
+
+
+# A DiT of any depth has 22 names once layers are counted together: a list of everything that differs in any
+# one way stays below this. It bounds what a file of a million names does to the message.
+_LISTED = 100
+
+
+def _together(names: Iterable[str]) -> str:
+    """Names, those that differ in their first number as one: blocks.{0..11}.attn.qkv.weight."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        found = re.fullmatch(r"(|.*?\.)(\d{1,6})(|\..*)", name, re.DOTALL)
+        before, number, after = found.groups() if found else (name, "", "")
+        groups.setdefault((before, after), []).append(number)
+    listed = []
+    for (before, after), numbers in list(groups.items())[:_LISTED]:
+        shown = numbers[0] if len(numbers) == 1 else f"{{{','.join(numbers)}}}"
+        if len(numbers) > 2 and numbers == [str(int(numbers[0]) + i) for i in range(len(numbers))]:
+            shown = f"{{{numbers[0]}..{numbers[-1]}}}"
+        listed.append(f"{before}{shown}{after}")
+    more = f" and {len(groups) - _LISTED} more" if len(groups) > _LISTED else ""
+    return ", ".join(listed) + more
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """A .pt file, for code that does not read safetensors. `content`: plain data and tensors."""
+    with replacing(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:
+            raise OSError(f"{path}: could not be written ({error})") from None
+
+
+def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: object) -> None:
+    """ValueError that lists every tensor that `tensors` lacks, has too many, or has in another shape than
+    `own`."""
+    complaints = []
+    if missing := [name for name in own if name not in tensors]:
+        complaints.append(f"missing {_together(missing)}")
+    if unexpected := [name for name in tensors if name not in own]:
+        complaints.append(f"unexpected {_together(unexpected)}")
+    shapes: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    for name in own:
+        if name in tensors and tensors[name].shape != own[name].shape:
+            shapes.setdefault((tuple(tensors[name].shape), tuple(own[name].shape)), []).append(name)
+    for (found, wanted), names in shapes.items():
+        have = "have" if len(names) > 1 else "has"
+        complaints.append(f"{_together(names)} {have} shape {found}, the model wants {wanted}")
+    if complaints:
+        raise ValueError(f"{source}: does not fit the model: {'; '.join(complaints)}")
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
-    """Strict: a missing, unexpected or misshapen tensor is named, and then nothing is loaded."""
-    own = module.state_dict()
-    complaints = [f"missing {name}" for name in own if name not in tensors]
-    complaints += [f"unexpected {name}" for name in tensors if name not in own]
-    complaints += [
-        f"{name} has shape {tuple(tensors[name].shape)}, the model wants {tuple(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
-    if complaints:
-        more = f" and {len(complaints) - 4} more" if len(complaints) > 4 else ""
-        raise ValueError(f"{source}: does not fit the model: {'; '.join(complaints[:4])}{more}")
+    """Strict: all missing, unexpected and misshapen tensors are named, and then nothing is loaded."""
+    check_fit(module.state_dict(), tensors, source)
     module.load_state_dict(dict(tensors))
 
 
@@ -123,20 +187,38 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _save(folder: Path, description: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    with replacing(folder) as temporary:
-        temporary.mkdir()
-        write_tensors(temporary / WEIGHTS, tensors)
-        write_json(temporary / CONFIG, description)
+def _write(folder: Path, description: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    write_tensors(folder / WEIGHTS, tensors)
+    write_json(folder / CONFIG, description)
+
+
+def write_teacher(
+    folder: Path, model: DiT, diffusion: Diffusion, tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """config.json and model.safetensors in a folder, whatever else is there; `tensors` instead of the model's
+    own weights (an EMA)."""
+    description = {"class": "DiT", "config": model.config, "diffusion": diffusion.config}
+    _write(folder, description, model.state_dict() if tensors is None else tensors)
+
+
+def write_student(
+    folder: Path,
+    model: ARDTransformer,
+    trajectories: dict[str, Any],
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Like `write_teacher`; `trajectories` records what the student was trained on."""
+    description = {"class": "ARDTransformer", "config": model.config, "trajectories": trajectories}
+    _write(folder, description, model.state_dict() if tensors is None else tensors)
 
 
 def save_teacher(
     folder: Path, model: DiT, diffusion: Diffusion, tensors: Mapping[str, Tensor] | None = None
 ) -> None:
-    """A folder with config.json and model.safetensors; `tensors` instead of the model's own weights (an
-    EMA)."""
-    description = {"class": "DiT", "config": model.config, "diffusion": diffusion.config}
-    _save(folder, description, model.state_dict() if tensors is None else tensors)
+    """A folder of what `write_teacher` writes and nothing else: it appears whole or not at all."""
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        write_teacher(temporary, model, diffusion, tensors)
 
 
 def save_student(
@@ -145,9 +227,10 @@ def save_student(
     trajectories: dict[str, Any],
     tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Like `save_teacher`; `trajectories` records what the student was trained on."""
-    description = {"class": "ARDTransformer", "config": model.config, "trajectories": trajectories}
-    _save(folder, description, model.state_dict() if tensors is None else tensors)
+    """A folder of what `write_student` writes and nothing else: it appears whole or not at all."""
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        write_student(temporary, model, trajectories, tensors)
 
 
 @contextlib.contextmanager
@@ -170,6 +253,7 @@ def load_teacher(folder: Path) -> tuple[DiT, Diffusion]:
     with _described(folder, "DiT") as description:
         model, diffusion = DiT(**description["config"]), Diffusion(**description["diffusion"])
     load_weights(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    model.diffusion = diffusion
     return model.eval().requires_grad_(False), diffusion
 
 
@@ -178,4 +262,5 @@ def load_student(folder: Path) -> tuple[ARDTransformer, dict[str, Any]]:
     with _described(folder, "ARDTransformer") as description:
         model, trajectories = ARDTransformer(**description["config"]), description["trajectories"]
     load_weights(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    model.trajectories = trajectories
     return model.eval().requires_grad_(False), trajectories

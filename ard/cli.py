@@ -10,17 +10,34 @@ from typing import Annotated, Any, Union
 import tyro
 from safetensors import SafetensorError
 
-from ard import convert, costs, demo, evaluation, sampling, training, trajectories
+from ard import (
+    convert,
+    costs,
+    demo,
+    diagnosis,
+    encoding,
+    evaluation,
+    finetuning,
+    sampling,
+    training,
+    trajectories,
+)
 
 _COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "demo": (demo.DemoConfig, demo.demo),
     "train-teacher": (training.TrainTeacherConfig, training.train_teacher),
     "record": (trajectories.RecordConfig, trajectories.record),
+    "encode": (encoding.EncodeConfig, encoding.encode),
     "distill": (training.DistillConfig, training.distill),
+    "finetune": (finetuning.FinetuneConfig, finetuning.finetune),
     "sample": (sampling.SampleConfig, sampling.run),
     "evaluate": (
         evaluation.EvaluateConfig,
         lambda config: evaluation.print_report(evaluation.evaluate(config)),
+    ),
+    "diagnose": (
+        diagnosis.DiagnoseConfig,
+        lambda config: diagnosis.print_report(diagnosis.diagnose(config)),
     ),
     "flops": (costs.FlopsConfig, costs.run),
     "convert": (convert.ConvertConfig, convert.convert),

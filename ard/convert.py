@@ -1,38 +1,180 @@
-"""Weights from elsewhere as folders that the other commands take."""
+"""Weights from elsewhere as folders that the other commands take, and such folders as what others take."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from ard.checkpoints import load_weights, read_tensors, save_teacher
+from ard.checkpoints import (
+    CONFIG,
+    WEIGHTS,
+    load_student,
+    load_teacher,
+    load_weights,
+    read_checkpoint,
+    read_json,
+    read_metadata,
+    replacing,
+    save_student,
+    save_teacher,
+    sha256,
+    write_checkpoint,
+    write_json,
+    write_tensors,
+)
 from ard.diffusion import Diffusion, Prediction, Schedule
-from ard.models import DiT
+from ard.layouts import (
+    describing,
+    from_diffusers,
+    from_released,
+    released_checkpoint,
+    released_steps,
+    to_diffusers,
+)
+from ard.models import PRESETS, ARDTransformer, DiT
+from ard.models.dit import TimeFrequencies
+
+_DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Make a teacher's folder from the weights of a public DiT (.pt with plain tensors, or .safetensors)."""
+    """Make a folder that the other commands take from weights in another layout, or the other way round.
+
+    A file may hold a public DiT or a student of the authors' released code (.pt with nothing but data, or
+    .safetensors; bare, or under "ema" or "model"); a folder, a DiTTransformer2DModel of diffusers or a
+    teacher or student of ours.
+    """
 
     weights: Path
-    """The file of weights. It is never executed: a pickle that holds anything but tensors is refused."""
+    """File of weights, or folder. It is never executed: a pickle that holds anything but data is refused."""
     out: Path
-    """Folder to write."""
+    """Folder to write; with --to released, the file."""
+    to: Literal["ard", "diffusers", "released"] = "ard"
+    """What to write. diffusers: a teacher as DiTTransformer2DModel, a student as ARDPipeline. released: a .pt
+    file for the code of the public DiT (a teacher) or of the authors' ARD (a student)."""
+    layout: Literal["auto", "dit", "released"] = "auto"
+    """What a file holds: the public DiT, or a student of the released code. auto: what has a second final
+    layer is a student."""
     preset: str = "DiT-XL/2"
-    """Architecture: DiT-{S,B,L,XL}/{2,4,8}."""
+    """Architecture of what is in a file: DiT-{S,B,L,XL}/{2,4,8}."""
     input_size: int = 32
-    """Height and width of the latent: 32 for 256 px, 64 for 512 px."""
+    """Height and width of its latent: 32 for 256 px, 64 for 512 px."""
     num_classes: int = 1000
-    """Number of classes, the null class not counted."""
+    """Number of its classes, the null class not counted."""
     noise_schedule: Schedule = "linear"
-    """Noise schedule it was trained with."""
+    """Noise schedule a teacher was trained with, where the source does not say."""
     prediction: Prediction = "eps"
-    """What it predicts."""
+    """What it predicts, where the source does not say."""
+    time_scale: float | None = None
+    """Of a flow: what the network calls the end of its time, 1 (SiT) or 1000."""
+    teacher: Path | None = None
+    """Folder of a teacher with the architecture and noise schedule of what is in the file, instead of the six
+    options above. A student is recorded as distilled from it, which `ard evaluate` wants to know."""
+    history_layers: int | None = None
+    """N of a released student; default: what its training arguments say if they are in the file, else 6."""
+    time_frequencies: TimeFrequencies | None = None
+    """Time embedding of a diffusers folder; default: diffusers' own, which the output then agrees with. The
+    weights of the public DiT were trained with other frequencies: if a folder holds those, say "dit"."""
 
 
 def convert(config: ConvertConfig) -> None:
-    tensors = read_tensors(config.weights)
-    model = DiT.from_preset(config.preset, config.input_size, num_classes=config.num_classes)
-    load_weights(model, tensors, config.weights)
-    save_teacher(config.out, model, Diffusion(config.noise_schedule, config.prediction))
-    print(f"teacher: {config.out}")
+    model = _read_folder(config) if config.weights.is_dir() else _read_file(config)
+    if config.to == "released":
+        write_checkpoint(config.out, released_checkpoint(model))
+    elif config.to == "diffusers":
+        _write_diffusers(model, config.out)
+    elif isinstance(model, ARDTransformer):
+        save_student(config.out, model, model.trajectories)
+    else:
+        save_teacher(config.out, model, _process(model))
+    print(f"{'teacher' if isinstance(model, DiT) else 'student'}: {config.out}")
+
+
+def _process(teacher: DiT) -> Diffusion:
+    assert teacher.diffusion is not None  # every reader sets it
+    return teacher.diffusion
+
+
+def _read_folder(config: ConvertConfig) -> DiT | ARDTransformer:
+    folder = config.weights
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder}: no {CONFIG} there; accepted is a folder of this project, or the "
+                                "transformer folder of a diffusers pipeline")  # fmt: skip
+    description = read_json(folder / CONFIG)
+    if not isinstance(description, dict) or "_class_name" not in description:
+        student = isinstance(description, dict) and description.get("class") == "ARDTransformer"
+        return load_student(folder)[0] if student else load_teacher(folder)[0]
+    path = next((folder / name for name in _DIFFUSERS_WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder}: no {' or '.join(_DIFFUSERS_WEIGHTS)} there")
+    with describing(path, "teacher"):
+        ours = json.loads(read_metadata(path).get("ard", "{}"))
+        diffusion = Diffusion(**ours["diffusion"]) if "diffusion" in ours else _diffusion(config)
+        frequencies = config.time_frequencies or ours.get("time_frequencies", "diffusers")
+    teacher = from_diffusers(description, read_checkpoint(path)[0], frequencies, path)
+    teacher.diffusion = diffusion
+    return teacher
+
+
+def _read_file(config: ConvertConfig) -> DiT | ARDTransformer:
+    tensors, arguments = read_checkpoint(config.weights)
+    if "ard" in arguments:  # a student written with --to released
+        with describing(config.weights, "student"):
+            ours = json.loads(arguments["ard"])
+            student, trajectories = ours["config"], ours["trajectories"]
+        return from_released(tensors, student, trajectories, config.weights)
+    if config.teacher is not None:
+        teacher, diffusion = load_teacher(config.teacher)
+        architecture, identity = teacher.config, sha256(config.teacher / WEIGHTS)
+    elif config.preset in PRESETS:
+        architecture = {**PRESETS[config.preset], "input_size": config.input_size,
+                        "num_classes": config.num_classes}  # fmt: skip
+        diffusion, identity = _diffusion(config), None
+    else:
+        raise ValueError(f"convert: preset is {config.preset!r}, accepted are {', '.join(PRESETS)}")
+    steps = released_steps(tensors)
+    if config.layout == "dit" or (config.layout == "auto" and steps < 2):
+        teacher = DiT(**architecture)
+        load_weights(teacher, tensors, config.weights)
+        teacher.diffusion = diffusion
+        return teacher
+    layers = arguments.get("stack", 6) if config.history_layers is None else config.history_layers
+    student = {"teacher": architecture, "steps": max(1, steps), "history_layers": layers}
+    # The recipe of the released code, which has 4 steps; it says nothing of others.
+    trajectories = {
+        "teacher": identity if steps == 4 else None, "diffusion": diffusion.config, "solver": "ddim",
+        "solver_steps": 25, "guidance": 1.5, "guided_channels": 3, "seed": None, "samples": None,
+        "grid": [25, 15, 10, 5, 0] if steps == 4 else None, "state": "x0",
+    }  # fmt: skip
+    return from_released(tensors, student, trajectories, config.weights)
+
+
+def _diffusion(config: ConvertConfig) -> Diffusion:
+    return Diffusion(config.noise_schedule, config.prediction, time_scale=config.time_scale)
+
+
+def _write_diffusers(model: DiT | ARDTransformer, out: Path) -> None:
+    if isinstance(model, ARDTransformer):
+        try:
+            from ard.pipeline import ARDPipeline
+        except ImportError as error:
+            raise ValueError(f"convert: a student --to diffusers {error}") from None
+        with replacing(out) as temporary:
+            ARDPipeline(model).save_pretrained(temporary)
+        return
+    description, tensors = to_diffusers(model)
+    frequencies = model.config["time_frequencies"]
+    # In the file's metadata, which diffusers passes over: what its config.json has no place for.
+    ours = json.dumps({"diffusion": _process(model).config, "time_frequencies": frequencies})
+    with replacing(out) as temporary:
+        temporary.mkdir()
+        write_tensors(temporary / _DIFFUSERS_WEIGHTS[0], tensors, {"format": "pt", "ard": ours})
+        write_json(temporary / CONFIG, description)
+    if frequencies != "diffusers":
+        print(
+            "note: diffusers' DiT embeds the time with frequencies 10000^(-i/127), this teacher, as the "
+            "public DiT, with 10000^(-i/128): its predictions there are not the same"
+        )

@@ -26,17 +26,14 @@ from ard.assets import ASSETS
 from ard.checkpoints import (
     load_student,
     load_teacher,
-    read_json,
-    read_tensors,
     replacing,
-    save_student,
     write_json,
     write_text,
 )
 from ard.costs import dit_macs, student_macs
 from ard.data import CLASSES
 from ard.diffusion import guided
-from ard.evaluation import EvaluateConfig, evaluate
+from ard.evaluation import evaluate_checkpoints
 from ard.pictures import image_grid
 from ard.runs import Run, read_log, versions
 from ard.sampling import sample
@@ -100,21 +97,6 @@ def _student_config(config: DemoConfig, name: str, layers: int) -> DistillConfig
     )
 
 
-def _curve(config: DemoConfig, run: Path) -> list[dict[str, Any]]:
-    """The evaluation of each checkpoint's averaged weights."""
-    student, trained = load_student(run / "student")
-    points = []
-    for folder in sorted((run / "checkpoints").glob("step-*")):
-        step = int(folder.name.removeprefix("step-"))
-        target = run / "evaluations" / folder.name
-        if not (target / "evaluation.json").exists():
-            weights = {**student.state_dict(), **read_tensors(folder / "ema.safetensors")}
-            save_student(target / "student", student, trained, weights)
-            evaluate(EvaluateConfig(target / "student", config.out / "held-out", target))
-        points.append({"step": step, **read_json(target / "evaluation.json")})
-    return points
-
-
 def _seconds(candidates: dict[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:
     """Median seconds of each, taken in turn after one warm-up."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -140,7 +122,7 @@ def demo(config: DemoConfig) -> None:
     runs = {name: config.out / ("ard" if layers else "step-distillation") for name, layers in names.items()}
     for name, layers in names.items():
         distill(_student_config(config, runs[name].name, layers))
-    curves = {name: _curve(config, run) for name, run in runs.items()}
+    curves = {name: evaluate_checkpoints(run, held_out) for name, run in runs.items()}
     last = {name: points[-1] for name, points in curves.items()}
 
     teacher, diffusion = load_teacher(config.teacher)

@@ -1,40 +1,58 @@
-"""The teacher's process: noise schedule, what the network predicts, deterministic DDIM, guidance."""
+"""The teacher's process: from image to noise, what the network predicts, deterministic solvers, guidance.
+
+Every process here is x_t = alpha_t x_0 + sigma_t eps at integer times t in 0..timesteps-1, the noisiest last;
+the schedule names the weights. A flow's continuous time, which people count in both directions, is only what
+its network is told (`Diffusion.network_time`).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Schedule = Literal["linear", "cosine"]
-Prediction = Literal["eps", "x0", "v"]
+Schedule = Literal["linear", "cosine", "flow-to-noise", "flow-to-data"]
+Prediction = Literal["eps", "x0", "v", "velocity"]
+Solver = Literal["ddim", "heun", "dpm-solver++"]
 Denoiser = Callable[
     [Tensor, Tensor, Tensor], Tensor
-]  # (x (B, C, h, w), t (B,), labels (B,)) -> raw prediction
+]  # (x (B, C, h, w), network time (B,), labels (B,)) -> raw prediction
+
+_FLOWS = ("flow-to-noise", "flow-to-data")
+_DIFFUSION_PREDICTIONS = ("eps", "x0", "v")
+_FLOW_PREDICTIONS = ("velocity", "x0")  # no eps: of pure noise it says nothing about the image
 
 
-def _alphas_cumprod(schedule: Schedule, timesteps: int) -> np.ndarray:
+def _check(where: str, name: str, given: object, accepted: Sequence[str]) -> None:
+    if given not in accepted:
+        raise ValueError(f"{where}: {name} is {given!r}, accepted are {', '.join(map(repr, accepted))}")
+
+
+def check_solver(solver: str, where: str) -> None:
+    """An error in the name of `where` if there is no such solver."""
+    _check(where, "solver", solver, get_args(Solver))
+
+
+def _alphas_cumprod(schedule: str, timesteps: int) -> np.ndarray:
     if schedule == "linear":
         scale = 1000 / timesteps
         return np.cumprod(1.0 - np.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=np.float64))
-    if schedule == "cosine":  # Nichol and Dhariwal, arXiv 2102.09672, equation 17, betas capped at 0.999
-        edges = (
-            np.cos((np.arange(timesteps + 1, dtype=np.float64) / timesteps + 0.008) / 1.008 * math.pi / 2)
-            ** 2
-        )
-        return np.cumprod(1.0 - np.minimum(1.0 - edges[1:] / edges[:-1], 0.999))
-    raise ValueError(f"Diffusion: schedule is {schedule!r}, accepted are 'linear', 'cosine'")
+    # "cosine": Nichol and Dhariwal, arXiv 2102.09672, equation 17, betas capped at 0.999
+    edges = (
+        np.cos((np.arange(timesteps + 1, dtype=np.float64) / timesteps + 0.008) / 1.008 * math.pi / 2) ** 2
+    )
+    return np.cumprod(1.0 - np.minimum(1.0 - edges[1:] / edges[:-1], 0.999))
 
 
 @dataclass(frozen=True)
 class SolverState:
-    """Where a solver stands: `x` at `index`, and the prediction of the clean image made there (None at index
-    0)."""
+    """Where a solver stands: `x` at `index`, and the prediction of the clean image made there (None for the
+    result, index -1)."""
 
     index: int
     x: Tensor
@@ -42,56 +60,121 @@ class SolverState:
 
 
 class Diffusion:
-    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps for t in 0..timesteps-1, a_t the cumulative product of 1 -
-    beta.
+    """A path between images and noise, and what a network that follows it predicts.
 
     Args:
-        schedule: "linear" (betas 1e-4..0.02 at 1000 steps) or "cosine".
+        schedule: the weights of image and noise.
+            "linear" (betas 1e-4..0.02 at 1000 steps) and "cosine": sqrt(a_t) and sqrt(1 - a_t), a_t the
+            cumulative product of 1 - beta.
+            "flow-to-noise" and "flow-to-data": 1 - sigma_t and sigma_t = (t+1)/timesteps, a straight line.
+            They differ in what the network knows. "flow-to-noise": its time runs from 0 (image) to 1 (noise),
+            its velocity is dx/dt = eps - x_0, as in the papers of SiT (arXiv 2401.08740) and SD3 and in REPA.
+            "flow-to-data": its time runs from 0 (noise) to 1 (image), its velocity is x_0 - eps, as in the
+            code and weights that SiT released.
         prediction: what the network's first C output channels are: "eps", "x0", or
-            "v" = sqrt(a) eps - sqrt(1-a) x_0.
+            "v" = sqrt(a) eps - sqrt(1-a) x_0; of a flow "velocity" or "x0".
         timesteps: the number of training times.
+        time_scale: of a flow, and there required: what the network calls the end of its time, e.g. 1 (SiT) or
+            1000 (SD3). Other networks are told t itself.
+
+    Attributes:
+        alpha, sigma: (timesteps,) float64, the weights of image and noise.
+        config: the arguments, as a teacher's folder stores them.
     """
 
     def __init__(
-        self, schedule: Schedule = "linear", prediction: Prediction = "eps", timesteps: int = 1000
-    ) -> None:
-        if prediction not in ("eps", "x0", "v"):
-            raise ValueError(f"Diffusion: prediction is {prediction!r}, accepted are 'eps', 'x0', 'v'")
+        self, schedule: Schedule = "linear", prediction: Prediction = "eps", timesteps: int = 1000,
+        time_scale: float | None = None,
+    ) -> None:  # fmt: skip
+        _check("Diffusion", "schedule", schedule, get_args(Schedule))
+        flow = schedule in _FLOWS
+        _check(f"Diffusion({schedule!r})", "prediction", prediction,
+               _FLOW_PREDICTIONS if flow else _DIFFUSION_PREDICTIONS)  # fmt: skip
+        if flow and not (time_scale is not None and 0 < time_scale < math.inf):
+            raise ValueError(f"Diffusion({schedule!r}): time_scale is {time_scale}, accepted is a number "
+                             "> 0, the end of time for the network, mostly 1 or 1000")  # fmt: skip
+        if not flow and time_scale is not None:
+            raise ValueError(f"Diffusion({schedule!r}): time_scale is {time_scale}, accepted is None: the "
+                             f"network is told t in 0..{timesteps - 1}")  # fmt: skip
         self.config: dict[str, Any] = {"schedule": schedule, "prediction": prediction, "timesteps": timesteps}
-        self.prediction, self.timesteps = prediction, timesteps
-        self.alphas_cumprod = torch.from_numpy(_alphas_cumprod(schedule, timesteps))  # float64
+        self.schedule, self.prediction, self.timesteps = schedule, prediction, timesteps
+        self.time_scale = time_scale
+        if flow:
+            self.config["time_scale"] = time_scale
+            self.sigma = torch.arange(1, timesteps + 1, dtype=torch.float64) / timesteps
+            self.alpha = 1 - self.sigma
+        else:
+            a = torch.from_numpy(_alphas_cumprod(schedule, timesteps))
+            self.alpha, self.sigma = a.sqrt(), (1 - a).sqrt()
 
     def _weights(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(a_t) and sqrt(1 - a_t), (B, 1, ..), rounded to the dtype of `like`."""
-        a = self.alphas_cumprod.to(t.device)[t].view(-1, *[1] * (like.dim() - 1))
-        return a.sqrt().to(like.dtype), (1 - a).sqrt().to(like.dtype)
+        """alpha_t and sigma_t, (B, 1, ..), rounded to the dtype of `like`."""
+        shape = (-1, *[1] * (like.dim() - 1))
+        alpha, sigma = (table.to(t.device)[t].view(shape) for table in (self.alpha, self.sigma))
+        return alpha.to(like.dtype), sigma.to(like.dtype)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t for t (B,) int64."""
-        signal, sigma = self._weights(t, x0)
-        return signal * x0 + sigma * noise
+        alpha, sigma = self._weights(t, x0)
+        return alpha * x0 + sigma * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network should predict at x_t."""
-        signal, sigma = self._weights(t, x0)
-        return {"eps": noise, "x0": x0, "v": signal * noise - sigma * x0}[self.prediction]
+        if self.prediction == "eps":
+            return noise
+        if self.prediction == "x0":
+            return x0
+        if self.prediction == "velocity":
+            return noise - x0 if self.schedule == "flow-to-noise" else x0 - noise
+        alpha, sigma = self._weights(t, x0)
+        return alpha * noise - sigma * x0
 
     def split(self, prediction: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x0, eps) that a prediction stands for; channels beyond those of x (a learned variance) are
         dropped."""
         prediction = prediction[:, : x.shape[1]].to(x.dtype)
-        signal, sigma = self._weights(t, x)
+        alpha, sigma = self._weights(t, x)
         if self.prediction == "eps":
-            return (x - sigma * prediction) / signal, prediction
+            return (x - sigma * prediction) / alpha, prediction
         if self.prediction == "x0":
-            return prediction, (x - signal * prediction) / sigma
-        return signal * x - sigma * prediction, sigma * x + signal * prediction
+            return prediction, (x - alpha * prediction) / sigma
+        if self.prediction == "velocity":
+            upward = prediction if self.schedule == "flow-to-noise" else -prediction
+            return x - sigma * upward, x + alpha * upward
+        return alpha * x - sigma * prediction, sigma * x + alpha * prediction
+
+    def _flow_time(self, sigma: Tensor) -> Tensor:
+        """What a flow's network calls the time of noise level `sigma`."""
+        assert self.time_scale is not None
+        return self.time_scale * (sigma if self.schedule == "flow-to-noise" else 1 - sigma)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """What the network is told at times t (B,) int64: t itself, or (B,) float32 on a flow's own scale and
+        in its direction."""
+        return t if self.time_scale is None else self._flow_time(self.sigma).float().to(t.device)[t]
+
+    def student_times(self, steps: int) -> list[float]:
+        """The S times that a student's input states are conditioned on, evenly spaced from the noise on.
+
+        999 (S-s)/S as in the released recipe; on a flow, its times of the noise levels (S-s)/S.
+        """
+        left = steps - torch.arange(steps, dtype=torch.float32)
+        if self.time_scale is None:
+            times = (self.timesteps - 1.0) * left / steps
+        else:
+            times = self._flow_time(left / steps)
+        return [float(t) for t in times]
 
     def solver_times(self, steps: int) -> list[int]:
-        """`steps` times from 0 to timesteps-1, evenly spaced and rounded half to even; solver index i stands
-        at [i]."""
+        """`steps` times, ascending; solver index i stands at [i].
+
+        From 0 to timesteps-1, evenly spaced and rounded half to even; on a flow at the noise levels
+        (i+1)/steps, so that the last step, to the image, is as long as the others.
+        """
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f"Diffusion: solver steps is {steps}, accepted are 1..{self.timesteps}")
+        if self.time_scale is not None:
+            return [int(t) - 1 for t in np.linspace(0, self.timesteps, steps + 1).round()[1:]]
         if steps == 1:
             return [self.timesteps - 1]
         return [int(t) for t in np.linspace(0, self.timesteps - 1, steps).round()]
@@ -99,24 +182,76 @@ class Diffusion:
     def ddim(
         self, denoise: Denoiser, noise: Tensor, labels: Tensor, times: list[int]
     ) -> Iterator[SolverState]:
-        """Deterministic DDIM (arXiv 2010.02502, equation 12, eta 0), from index len(times) - 1 down to 0.
+        """`solve` with its default solver."""
+        return self.solve(denoise, noise, labels, times)
+
+    def solve(
+        self, denoise: Denoiser, noise: Tensor, labels: Tensor, times: list[int], solver: Solver = "ddim"
+    ) -> Iterator[SolverState]:
+        """From noise to image along the probability-flow ODE, deterministically.
+
+        Every solver takes DDIM's step and may add a correction to it; the last step, to the image, is the
+        x0-prediction in all of them.
 
         Args:
             denoise: the network, guidance included.
             noise: (B, C, h, w), x at the largest time.
             times: ascending, see `solver_times`.
+            solver:
+                "ddim": arXiv 2010.02502, equation 12, eta 0. Order 1, an evaluation a step. On a flow it is
+                Euler's method.
+                "heun": order 2, two evaluations a step but for the last. It integrates x / (alpha + sigma)
+                over sigma / (alpha + sigma), where every schedule is a flow. (Over sigma / alpha, as in
+                diffusers, the first of 25 steps of "cosine" multiplies a change of eps by 663, here by 0.03.)
+                "dpm-solver++": the multistep solver 2M, arXiv 2211.01095, algorithm 2. Order 2, an evaluation
+                a step.
 
         Yields:
             before each step, x at times[i] and the x0-prediction made there, for i = len(times)-1 .. 0; last
             the result, as index -1 without a prediction.
         """
-        x = noise
+        check_solver(solver, "Diffusion.solve")
+        return self._solve(denoise, noise, labels, times, solver)
+
+    def _solve(
+        self, denoise: Denoiser, noise: Tensor, labels: Tensor, times: list[int], solver: Solver
+    ) -> Iterator[SolverState]:
+        def at(i: int) -> Tensor:
+            return torch.full((len(noise),), times[i], device=noise.device)
+
+        def predict(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
+            return self.split(denoise(x, self.network_time(at(i)), labels), x, at(i))
+
+        x, before = noise, None
         for i in reversed(range(len(times))):
-            t = torch.full((len(x),), times[i], device=x.device)
-            x0, eps = self.split(denoise(x, t, labels), x, t)
+            x0, eps = predict(x, i)
             yield SolverState(i, x, x0)
-            x = self.add_noise(x0, eps, torch.full_like(t, times[i - 1])) if i else x0
-        yield SolverState(-1, x, None)
+            if i == 0:
+                break
+            x = self.add_noise(x0, eps, at(i - 1))
+            if solver == "heun":
+                x0_ahead, eps_ahead = predict(x, i - 1)
+                slope, slope_ahead = eps - x0, eps_ahead - x0_ahead
+                x = x + self._heun_weight(times[i], times[i - 1]) * (slope_ahead - slope)
+            elif solver == "dpm-solver++" and before is not None:
+                x = x + self._multistep_weight(times[i + 1], times[i], times[i - 1]) * (x0 - before)
+            before = x0
+        yield SolverState(-1, x0, None)
+
+    def _heun_weight(self, t: int, following: int) -> float:
+        """Half a step's length in sigma / (alpha + sigma), times the alpha + sigma that x is divided by."""
+        alpha, sigma = self.alpha[following], self.sigma[following]
+        level = self.sigma[t] / (self.alpha[t] + self.sigma[t])
+        return float(sigma - level * (alpha + sigma)) / 2
+
+    def _multistep_weight(self, before: int, t: int, following: int) -> float:
+        """-alpha (e^-h - 1) / 2r with r = h_before / h, steps h in log(alpha / sigma)."""
+        log_ratio = (
+            self.alpha / self.sigma
+        ).log()  # -inf at a flow's pure noise; its r is then infinite, too
+        h, h_before = log_ratio[following] - log_ratio[t], log_ratio[t] - log_ratio[before]
+        step = self.alpha[following] - self.alpha[t] * self.sigma[following] / self.sigma[t]
+        return float(step * h / (2 * h_before))
 
 
 def guided(model: Denoiser, null_label: int, scale: float, channels: int | None = None) -> Denoiser:

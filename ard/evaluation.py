@@ -23,6 +23,7 @@ from ard.checkpoints import (
     read_json,
     read_tensors,
     replacing,
+    save_student,
     write_json,
     write_tensors,
 )
@@ -31,7 +32,7 @@ from ard.models.classifier import Classifier
 from ard.pictures import image_grid, save_png
 from ard.runs import Run, versions
 from ard.sampling import sample
-from ard.training import Batch, Optimisation, accelerator_for, fit
+from ard.training import Batch, Optimisation, accelerator_for, fit, image_batches
 from ard.trajectories import TrajectoryStore
 
 # Neighbours of a point whose farthest gives its radius: Kynkaanniemi et al., arXiv 1904.06991, section 3.
@@ -40,10 +41,14 @@ _NEIGHBOURS = 3
 
 @dataclass(frozen=True)
 class Extractor:
-    """Features of images: a name for reports, and (n, C, h, w) uint8 -> (n, d)."""
+    """Features of images: a name for reports, and (n, C, h, w) uint8 -> (n, d).
+
+    Where the network is a classifier of the labels as well: `classes`, (n, C, h, w) uint8 -> (n,) int64.
+    """
 
     name: str
     features: Callable[[Tensor], Tensor]
+    classes: Callable[[Tensor], Tensor] | None = None
 
 
 def load_classifier(folder: Path) -> Classifier:
@@ -60,7 +65,9 @@ def classifier_extractor(folder: Path) -> Extractor:
     """Features of the embedded (or another) classifier. Not the Inception of FID: name it for what it is."""
     model = load_classifier(folder)
     return Extractor(
-        "Fashion-MNIST classifier, 64 features", lambda images: model.features(images.float() / 127.5 - 1)
+        "Fashion-MNIST classifier, 64 features",
+        lambda images: model.features(images.float() / 127.5 - 1),
+        lambda images: model(images.float() / 127.5 - 1).argmax(1),
     )
 
 
@@ -88,6 +95,16 @@ def inception_extractor(weights: Path) -> Extractor:
 def extract(extractor: Extractor, images: Tensor, batch: int = 250) -> Tensor:
     """Features (n, d) float32 of images (n, C, h, w) uint8."""
     return torch.cat([extractor.features(part).float() for part in images.split(batch)])
+
+
+@torch.no_grad()
+def class_consistency(extractor: Extractor, images: Tensor, labels: Tensor, batch: int = 250) -> float | None:
+    """Share of images (n, C, h, w) uint8 that the network takes for their label (n,); None where it has no
+    classes."""
+    if extractor.classes is None:
+        return None
+    found = torch.cat([extractor.classes(part) for part in images.split(batch)])
+    return float((found == labels).float().mean())
 
 
 @dataclass(frozen=True)
@@ -205,7 +222,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     grid, state = tuple(trained["grid"]), trained["state"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student.to(device)
-    made, recorded, errors, seconds = [], [], torch.zeros(student.steps, dtype=torch.float64), 0.0
+    made, recorded, classes = [], [], []
+    errors, seconds = torch.zeros(student.steps, dtype=torch.float64), 0.0
     for indices in tqdm(torch.arange(count).split(config.batch_size), desc="sample", mininterval=1.0):
         states, labels = store.states(indices, grid, state)
         began = time.perf_counter()
@@ -214,10 +232,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         errors += (path - states[:, 1:]).square().mean((2, 3, 4)).double().sum(0)
         made.append(to_uint8(path[:, -1]))
         recorded.append(to_uint8(states[:, -1]))
-    images, teacher = torch.cat(made), torch.cat(recorded)
+        classes.append(labels)
+    images, teacher, wanted = torch.cat(made), torch.cat(recorded), torch.cat(classes)
+    metrics = {
+        name: {
+            **image_metrics(some, extractor, reference),
+            "consistency": class_consistency(extractor, some, wanted),
+        }
+        for name, some in (("student", images), ("teacher", teacher))
+    }
     report = {
-        "features": extractor.name, "student": image_metrics(images, extractor, reference),
-        "teacher": image_metrics(teacher, extractor, reference), "errors": (errors / count).tolist(),
+        "features": extractor.name, **metrics, "errors": (errors / count).tolist(),
         "seconds_per_sample": seconds / count, "steps": student.steps,
         "history_layers": student.history_layers, "mask": student.mask,
         "trained_with_the_same_noise": trained["seed"] == store.manifest["seed"], "versions": versions(),
@@ -228,12 +253,34 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return report
 
 
+def evaluate_checkpoints(run: Path, held_out: Path) -> list[dict[str, Any]]:
+    """The report of each checkpoint's averaged weights, and its `step`, over the training of a student.
+
+    Args:
+        run: folder of `ard distill` or `ard finetune`. Reports stay in its subfolder `evaluations`.
+        held_out: store of trajectories.
+    """
+    student, trained = load_student(run / "student")
+    points = []
+    for folder in sorted((run / "checkpoints").glob("step-*")):
+        target = run / "evaluations" / folder.name
+        if not (target / "evaluation.json").exists():
+            weights = {**student.state_dict(), **read_tensors(folder / "ema.safetensors")}
+            save_student(target / "student", student, trained, weights)
+            evaluate(EvaluateConfig(target / "student", held_out, target))
+        points.append(
+            {"step": int(folder.name.removeprefix("step-")), **read_json(target / "evaluation.json")}
+        )
+    return points
+
+
 def print_report(report: dict[str, Any]) -> None:
     print(f"features: {report['features']}; samples: {report['student']['samples']}")
-    print(f"{'':10}{'Frechet':>10}{'precision':>11}{'recall':>8}")
+    print(f"{'':10}{'Frechet':>10}{'precision':>11}{'recall':>8}{'consistency':>13}")
     for name in ("teacher", "student"):
         row = report[name]
-        print(f"{name:10}{row['frechet']:10.2f}{row['precision']:11.3f}{row['recall']:8.3f}")
+        consistency = "" if row["consistency"] is None else f"{row['consistency']:.3f}"
+        print(f"{name:10}{row['frechet']:10.2f}{row['precision']:11.3f}{row['recall']:8.3f}{consistency:>13}")
     print("error against the teacher from the same noise, per step:", *(f"{e:.4f}" for e in report["errors"]))
 
 
@@ -270,15 +317,16 @@ def train_classifier(config: TrainClassifierConfig) -> None:
     torch.manual_seed(o.seed)
     model = Classifier()
 
-    def loss_of(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    if o.compile:
+        model.compile()
+
+    def loss_of(model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         pixels, labels = batch
-        loss = F.cross_entropy(model(pixels).float(), labels)
-        return loss, loss.unsqueeze(0)
+        return F.cross_entropy(model(pixels).float(), labels), {}
 
-    def fetch(indices: Tensor) -> Batch:
-        return images.pixels[indices], images.labels[indices]
-
-    weights = fit(run, accelerator, model, o, len(images), fetch, loss_of, lambda _: torch.empty(0))
+    weights = fit(
+        run, accelerator, model, o, image_batches(images, o.seed), loss_of, lambda _: torch.empty(0)
+    )
     model.load_state_dict(weights)
     model.eval()
     with torch.no_grad():

@@ -46,6 +46,29 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    found = (re.fullmatch(r"step-(\d{8})", path.name) for path in (folder / "checkpoints").glob("step-*"))
+    return sorted((int(m[1]), folder / "checkpoints" / m[0]) for m in found if m)
+
+
+def newest_checkpoint(folder: Path) -> tuple[int, dict[str, dict[str, Tensor]]] | None:
+    """Step and groups of tensors of a run's newest checkpoint; None if it has none. A damaged one is an
+    error."""
+    if not (checkpoints := _checkpoints(folder)):
+        return None
+    step, path = checkpoints[-1]
+    state = read_json(path / "state.json")
+    groups = {}
+    for name, checksum in state["sha256"].items():
+        file = path / f"{name}.safetensors"
+        if not file.is_file() or sha256(file) != checksum:
+            raise ValueError(
+                f"{file}: does not match its checksum; remove {path} to go on from an earlier one"
+            )
+        groups[name] = read_tensors(file)
+    return step, groups
+
+
 class Run:
     """A run folder.
 
@@ -77,12 +100,6 @@ class Run:
         self._log: Any = None
         self._board: SummaryWriter | None = None
 
-    def _checkpoints(self) -> list[tuple[int, Path]]:
-        found = (
-            re.fullmatch(r"step-(\d{8})", path.name) for path in (self.folder / "checkpoints").glob("step-*")
-        )
-        return sorted((int(m[1]), self.folder / "checkpoints" / m[0]) for m in found if m)
-
     def save_checkpoint(self, step: int, groups: Mapping[str, Mapping[str, Tensor]], keep: int) -> None:
         """Every group of tensors in a file of its own, in a folder that appears complete or not at all."""
         with replacing(self.folder / "checkpoints" / f"step-{step:08d}") as temporary:
@@ -91,24 +108,8 @@ class Run:
                 write_tensors(temporary / f"{name}.safetensors", tensors)
             checksums = {name: sha256(temporary / f"{name}.safetensors") for name in groups}
             write_json(temporary / "state.json", {"step": step, "sha256": checksums})
-        for _, path in self._checkpoints()[:-keep]:
+        for _, path in _checkpoints(self.folder)[:-keep]:
             shutil.rmtree(path)
-
-    def load_checkpoint(self) -> tuple[int, dict[str, dict[str, Tensor]]] | None:
-        """Step and groups of the newest checkpoint; None if there is none. A damaged one is an error."""
-        if not (checkpoints := self._checkpoints()):
-            return None
-        step, folder = checkpoints[-1]
-        state = read_json(folder / "state.json")
-        groups = {}
-        for name, checksum in state["sha256"].items():
-            path = folder / f"{name}.safetensors"
-            if not path.is_file() or sha256(path) != checksum:
-                raise ValueError(
-                    f"{path}: does not match its checksum; remove {folder} to go on from an earlier one"
-                )
-            groups[name] = read_tensors(path)
-        return step, groups
 
     def open_log(self, step: int) -> None:
         """Logs start after `step`: what a killed run logged beyond its last checkpoint, or left half

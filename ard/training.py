@@ -15,22 +15,32 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ard.checkpoints import load_teacher, load_weights, save_student, save_teacher
-from ard.data import DEBIAN_FOLDER, Dataset, index_noise, load_images, shuffled
-from ard.diffusion import Diffusion, Prediction, Schedule, guided
+from ard.data import (
+    DEBIAN_FOLDER,
+    Dataset,
+    Images,
+    Stream,
+    index_noise,
+    index_uniform,
+    load_images,
+    shuffled,
+)
+from ard.diffusion import Diffusion, Prediction, Schedule, Solver, guided
 from ard.losses import denoising_loss, trajectory_loss
 from ard.models import ARDTransformer, DiT
 from ard.pictures import image_grid, save_png
-from ard.runs import Run
+from ard.runs import Run, newest_checkpoint
 from ard.sampling import sample
-from ard.trajectories import State, TrajectoryStore
+from ard.trajectories import LiveTrajectories, SolverConfig, State, Trajectories, TrajectoryStore
 from ard_kernels.layout import Mask
 
 Batch = tuple[Tensor, ...]
+Groups = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -84,19 +94,24 @@ def learning_rate(o: Optimisation, step: int) -> float:
 
 
 class _EMA:
-    """Moving average of the weights, float32. It starts as their copy, which a lower early decay forgets."""
+    """Moving average of the weights, float32. Where it starts as their copy, a lower early decay forgets
+    that (`ramp`)."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, model: nn.Module, decay: float, ramp: bool) -> None:
+        self.decay, self.ramp = decay, ramp
         self.source = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().float().clone() for name, p in self.source.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.ramp else self.decay
         torch._foreach_lerp_(
             list(self.average.values()), [p.float() for p in self.source.values()], 1 - decay
         )
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        # In the order of the weights: `update` pairs them by position, and a file lists its tensors by name.
+        self.average = {name: tensors[name].to(p.device) for name, p in self.source.items()}
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's state dict with the averages in place of the weights."""
@@ -133,81 +148,104 @@ def fit(
     accelerator: Accelerator,
     model: nn.Module,
     o: Optimisation,
-    size: int,
-    fetch: Callable[[Tensor], Batch],
-    loss_of: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]],
+    fetch: Callable[[range], Batch],
+    loss_of: Callable[[nn.Module, Batch, int], tuple[Tensor, dict[str, Tensor]]],
     preview: Callable[[nn.Module], Tensor],
+    parts: Mapping[str, tuple[nn.Module, float]] | None = None,
+    initial: Groups | None = None,
 ) -> dict[str, Tensor]:
     """Train to the end, from the newest checkpoint of the run if there is one.
 
     Args:
-        size: number of samples in the data set.
-        fetch: data set indices -> a batch of tensors.
-        loss_of: (model, batch on the device) -> scalar loss, and (n,) terms of it to log.
+        fetch: positions in the endless stream of samples -> a batch of tensors. The positions of all
+            processes and accumulation steps together are those of one large batch; whatever is random about a
+            sample is a function of its position.
+        loss_of: (model, batch on the device, step) -> scalar loss, and values to log, () or (n,).
         preview: model with averaged weights -> a picture (h, w) uint8.
+        parts: parts of the model, each with a factor on the learning rate, and clipped on its own. The
+            first is averaged, previewed and returned. A part without gradients stays as it is in that
+            step. Default: all of the model.
+        initial: groups of tensors of an earlier run's checkpoint, which the first part starts from.
 
     Returns:
-        The state dict with averaged weights.
+        The state dict of the first part with averaged weights.
     """
     share = o.batch_size // (accelerator.num_processes * o.accumulate)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    parts = parts or {"model": (model, 1.0)}
+    trained = [[p for p in part.parameters() if p.requires_grad] for part, _ in parts.values()]
+    averaged = next(iter(parts.values()))[0]
     fused = accelerator.device.type in ("cpu", "cuda")
     optimiser: Any = torch.optim.AdamW(
-        trained, lr=o.lr, weight_decay=o.weight_decay, betas=(0.9, 0.999), fused=fused
-    )
+        [{"params": weights} for weights in trained],
+        lr=o.lr, weight_decay=o.weight_decay, betas=(0.9, 0.999), fused=fused,
+    )  # fmt: skip
     model.to(accelerator.device)
-    ema = _EMA(model, o.ema)
+    ema = _EMA(averaged, o.ema, ramp=initial is None)
     start = 0
-    if (found := run.load_checkpoint()) is not None:
-        start, groups = found
-        load_weights(model, groups["model"], run.folder)
-        # In the order of the weights: `update` pairs them by position, and a file lists its tensors by name.
-        ema.average = {name: groups["ema"][name].to(accelerator.device) for name in ema.source}
+    if (found := newest_checkpoint(run.folder)) is not None:
+        (start, groups), restored = found, model
+    else:
+        groups, restored = initial or {}, averaged
+    if groups:
+        load_weights(restored, groups["model"], run.folder)
+        ema.load(groups["ema"])
         _load_optimiser(optimiser, groups["optimiser"])
-        if accelerator.scaler is not None:  # fp16
+        if accelerator.scaler is not None and "scaler" in groups:  # fp16
             _load_scaler(accelerator.scaler, groups["scaler"])
     bare = model
-    if o.compile:
-        model.compile()
     model, optimiser = accelerator.prepare(model, optimiser)
     model.train()
     run.open_log(start)
     bar = tqdm(total=o.iterations, initial=start, desc=run.folder.name, disable=not run.main, mininterval=1.0)
     with bar, contextlib.closing(run):
         for step in range(start, o.iterations):
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(o, step)
+            for group, (_, factor) in zip(optimiser.param_groups, parts.values(), strict=True):
+                group["lr"] = factor * learning_rate(o, step)
             torch.manual_seed(hash((o.seed, step, accelerator.process_index)))
-            total, terms = torch.zeros(()), torch.zeros(())
-            order = shuffled(step * o.batch_size, o.batch_size, size, o.seed)
-            parts = order.view(o.accumulate, accelerator.num_processes, share)[:, accelerator.process_index]
-            for i, indices in enumerate(parts):
-                batch = tuple(x.to(accelerator.device, non_blocking=True) for x in fetch(indices))
-                last = i == len(parts) - 1  # of the accumulated passes, the last alone reduces over processes
+            seen: dict[str, Tensor] = {}
+            for i in range(o.accumulate):
+                first = (
+                    step * o.batch_size + (i * accelerator.num_processes + accelerator.process_index) * share
+                )
+                batch = tuple(
+                    x.to(accelerator.device, non_blocking=True) for x in fetch(range(first, first + share))
+                )
+                last = (
+                    i == o.accumulate - 1
+                )  # of the accumulated passes, the last alone reduces over processes
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    loss, part = loss_of(model, batch)
+                    loss, logged = loss_of(model, batch, step)
                     accelerator.backward(loss / o.accumulate)
-                total, terms = total + loss.detach() / o.accumulate, terms + part.detach() / o.accumulate
-            norm = accelerator.clip_grad_norm_(trained, o.clip)
+                for name, value in {"loss": loss, **logged}.items():
+                    part = value.detach() / o.accumulate
+                    seen[name] = seen[name] + part if name in seen else part
+            norms = [accelerator.clip_grad_norm_(weights, o.clip) for weights in trained]
+            moved = any(p.grad is not None for p in trained[0])
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-            ema.update(step)
+            if moved:
+                ema.update(step)
             done = step + 1
             bar.update()
             logs, keeps = (
                 done % every == 0 or done == o.iterations for every in (o.log_every, o.checkpoint_every)
             )
-            value = float(total) if logs or keeps else 0.0  # on a GPU, reading it waits for the step
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"{run.folder}: the loss is {value} at step {done}; try a lower --lr or --clip"
-                )
+            if logs or keeps:  # on a GPU, reading a value waits for the step
+                seen = {name: accelerator.reduce(value, "mean") for name, value in seen.items()}
+                if not math.isfinite(total := float(seen["loss"])):
+                    raise ValueError(
+                        f"{run.folder}: the loss is {total} at step {done}; try a lower --lr or --clip"
+                    )
             if logs:
-                bar.set_postfix(loss=f"{value:.4f}")
-                run.log(done, {"loss": value, "terms": terms.tolist(), "norm": float(norm),
-                               "lr": learning_rate(o, step)})  # fmt: skip
+                bar.set_postfix(loss=f"{total:.4f}")
+                named = zip(parts, norms, strict=True)
+                run.log(done, {
+                    **{name: value.tolist() for name, value in seen.items()},
+                    **{"norm" if i == 0 else f"norm_{n}": float(v) for i, (n, v) in enumerate(named)},
+                    "lr": learning_rate(o, step),
+                })  # fmt: skip
             if run.main and o.sample_every and (done % o.sample_every == 0 or done == o.iterations):
-                picture = _with_weights(bare, ema, preview)
+                picture = _with_weights(averaged, ema, preview)
                 save_png(run.folder / "samples" / f"step-{done:08d}.png", picture)
                 run.log_image(done, "samples", picture)
             if run.main and keeps:
@@ -220,7 +258,7 @@ def fit(
                     groups["scaler"] = _scaler_tensors(accelerator.scaler)
                 run.save_checkpoint(done, groups, o.keep_checkpoints)
     accelerator.wait_for_everyone()
-    return ema.state(bare)
+    return ema.state(averaged)
 
 
 def _with_weights(model: nn.Module, ema: _EMA, use: Callable[[nn.Module], Tensor]) -> Tensor:
@@ -236,9 +274,13 @@ def _with_weights(model: nn.Module, ema: _EMA, use: Callable[[nn.Module], Tensor
                 p.copy_(own[name])
 
 
-def accelerator_for(o: Optimisation) -> Accelerator:
+def accelerator_for(o: Optimisation, unused: bool = False) -> Accelerator:
     """The processes and the precision to train with; options that cannot work are an error here, before
-    any file."""
+    any file.
+
+    Args:
+        unused: whether a step may leave weights without a gradient, which costs DDP a walk over the graph.
+    """
     for name in (
         "iterations",
         "batch_size",
@@ -254,11 +296,25 @@ def accelerator_for(o: Optimisation) -> Accelerator:
             raise ValueError(f"{name} is {getattr(o, name)}, accepted is a finite number >= 0")
     if not 0 <= o.ema < 1:
         raise ValueError(f"ema is {o.ema}, accepted is a decay in [0, 1)")
-    accelerator = Accelerator(mixed_precision=o.precision, cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(
+        mixed_precision=o.precision,
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+    )
     if o.batch_size % (accelerator.num_processes * o.accumulate):
         raise ValueError(f"batch_size is {o.batch_size}, accepted are multiples of processes x accumulate "
                          f"({accelerator.num_processes} x {o.accumulate})")  # fmt: skip
     return accelerator
+
+
+def image_batches(images: Images, seed: int) -> Callable[[range], Batch]:
+    """`fit`'s batches of pixels and labels, in shuffled epochs."""
+
+    def fetch(positions: range) -> Batch:
+        indices = shuffled(positions.start, len(positions), len(images), seed)
+        return images.pixels[indices], images.labels[indices]
+
+    return fetch
 
 
 @dataclass(frozen=True)
@@ -283,6 +339,8 @@ class TrainTeacherConfig:
     """Noise schedule."""
     prediction: Prediction = "v"
     """What the network predicts."""
+    time_scale: float | None = None
+    """Of a flow: what the network is given for a time in [0, 1], times this."""
     class_dropout: float = 0.1
     """Share of samples trained without their class, for guidance."""
     guidance: float = 1.5
@@ -310,14 +368,16 @@ def train_teacher(config: TrainTeacherConfig) -> None:
         input_size=(28, 28), patch_size=config.patch_size, channels=1, width=config.width, depth=config.depth,
         heads=config.heads, num_classes=10, null_class=True, learn_sigma=False,
     )  # fmt: skip
-    diffusion = Diffusion(config.noise_schedule, config.prediction)
+    diffusion = Diffusion(config.noise_schedule, config.prediction, time_scale=config.time_scale)
     run = Run(config.out, "train-teacher", config, accelerator.is_main_process)
 
-    def loss_of(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    if o.compile:
+        model.compile()
+
+    def loss_of(model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         pixels, labels = batch
         dropped = torch.rand(labels.shape, device=labels.device) < config.class_dropout
-        loss = denoising_loss(model, diffusion, pixels, labels.masked_fill(dropped, 10))
-        return loss, loss.unsqueeze(0)
+        return denoising_loss(model, diffusion, pixels, labels.masked_fill(dropped, 10)), {}
 
     def preview(model: nn.Module) -> Tensor:
         labels = torch.arange(40, device=accelerator.device) % 10
@@ -326,16 +386,7 @@ def train_teacher(config: TrainTeacherConfig) -> None:
         *_, last = diffusion.ddim(denoise, noise, labels, diffusion.solver_times(25))
         return image_grid(last.x, columns=10)
 
-    weights = fit(
-        run,
-        accelerator,
-        model,
-        o,
-        len(images),
-        lambda i: (images.pixels[i], images.labels[i]),
-        loss_of,
-        preview,
-    )
+    weights = fit(run, accelerator, model, o, image_batches(images, o.seed), loss_of, preview)
     if accelerator.is_main_process:
         save_teacher(config.out / "teacher", model, diffusion, weights)
         print(f"teacher: {config.out / 'teacher'}")
@@ -350,11 +401,20 @@ class DistillConfig:
     """
 
     teacher: Path
-    """Folder of the teacher that recorded the trajectories; the student starts from its weights."""
-    trajectories: Path
-    """Folder that `ard record` wrote."""
+    """Folder of the teacher that made the trajectories; the student starts from its weights."""
     out: Path
     """Folder of the run. The student goes to its subfolder `student`. A run that is there is continued."""
+    trajectories: Path | None = None
+    """Folder that `ard record` wrote; without one the teacher makes trajectories while the student trains, no
+    two alike."""
+    solver: Solver = "ddim"
+    """Of trajectories made while training: the solver."""
+    solver_steps: int = 25
+    """Likewise, its steps."""
+    guidance: float = 1.5
+    """Likewise, the scale of classifier-free guidance; 1: none."""
+    guided_channels: int | None = None
+    """Likewise, guide the first so many channels only (3 for the public DiT); default: all."""
     steps: int = 4
     """S, the student's steps."""
     history_layers: int = 6
@@ -367,44 +427,79 @@ class DistillConfig:
     """Intermediate states: the teacher's predictions of the clean image, or its noisy latents."""
     grid: tuple[int, ...] | None = None
     """Solver positions of the S+1 states, descending from the noise to 0; default: the released recipe's."""
+    rollout: float = 0.0
+    """Share of samples trained on the student's own states in place of the teacher's, the targets staying the
+    teacher's. Not in the paper; 0: teacher forced, as there."""
     optimisation: Optimisation = field(default_factory=Optimisation)
     """How the weights are optimised."""
 
 
+def _trajectories(config: DistillConfig) -> Trajectories:
+    if config.trajectories is not None:
+        return TrajectoryStore(config.trajectories)
+    o = config.optimisation
+    live = SolverConfig(
+        solver=config.solver, solver_steps=config.solver_steps, guidance=config.guidance,
+        guided_channels=config.guided_channels, dtype="float32",
+        precision="bf16" if o.precision == "bf16" else "no", seed=o.seed,
+    )  # fmt: skip
+    return LiveTrajectories(config.teacher, live)
+
+
 def distill(config: DistillConfig) -> None:
     o = config.optimisation
+    if not 0 <= config.rollout <= 1:
+        raise ValueError(f"rollout is {config.rollout}, accepted is a share in [0, 1]")
     accelerator = accelerator_for(o)
-    store = TrajectoryStore(config.trajectories)
-    teacher, _ = load_teacher(config.teacher)
+    store = _trajectories(config)
+    teacher, diffusion = load_teacher(config.teacher)
     store.check_teacher(config.teacher)
     grid = store.grid(config.steps, config.grid)
     student = ARDTransformer.from_teacher(
-        teacher, config.steps, config.history_layers, config.mask, config.per_step_final
-    )
+        teacher, config.steps, config.history_layers, config.mask, config.per_step_final,
+        None if diffusion.time_scale is None else diffusion.student_times(config.steps),
+    )  # fmt: skip
     student.checkpointing = o.checkpointing
+    if o.compile:
+        student.compile()
     run = Run(config.out, "distill", config, accelerator.is_main_process)
 
-    def loss_of(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        return trajectory_loss(model, *batch)
+    def fetch(positions: range) -> Batch:
+        where = torch.arange(positions.start, positions.stop)
+        chosen = index_uniform(where, o.seed, Stream.ROLLOUT) < config.rollout
+        if config.trajectories is not None:
+            where = shuffled(positions.start, len(positions), len(store), o.seed)
+        return *store.states(where, grid, config.state), chosen
 
-    def preview(model: nn.Module) -> Tensor:
-        assert isinstance(model, ARDTransformer)
-        path, labels = store.states(torch.arange(min(10, len(store))), grid, config.state)
-        made = sample(model, path[:, 0].to(accelerator.device), labels.to(accelerator.device))
-        rows = torch.stack([made[:, -1].cpu(), path[:, -1]]).flatten(0, 1)  # the student above its teacher
-        return image_grid(rows, columns=len(labels))
+    def loss_of(model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        states, labels, chosen = batch
+        inputs = states[:, :-1]
+        if chosen.any():
+            with accelerator.autocast():
+                own = sample(student, states[chosen, 0], labels[chosen], cuda_graph=False)
+            inputs = inputs.clone()
+            inputs[chosen, 1:] = own[:, :-1]
+        loss, terms = trajectory_loss(model(inputs, labels), states)
+        return loss, {"terms": terms}
 
-    weights = fit(
-        run,
-        accelerator,
-        student,
-        o,
-        len(store),
-        lambda i: store.states(i, grid, config.state),
-        loss_of,
-        preview,
-    )
+    preview = student_preview(store, grid, config.state, accelerator.device)
+    weights = fit(run, accelerator, student, o, fetch, loss_of, preview)
     if accelerator.is_main_process:
         described = {**store.summary(), "grid": list(grid), "state": config.state}
         save_student(config.out / "student", student, described, weights)
         print(f"student: {config.out / 'student'}")
+
+
+def student_preview(
+    store: Trajectories, grid: tuple[int, ...], state: State, device: torch.device
+) -> Callable[[nn.Module], Tensor]:
+    """A student's picture for `fit`: its results above the teacher's, from the same noise."""
+
+    def preview(student: nn.Module) -> Tensor:
+        assert isinstance(student, ARDTransformer)
+        path, labels = store.states(torch.arange(min(10, len(store))), grid, state)
+        made = sample(student, path[:, 0].to(device), labels.to(device), cuda_graph=False)
+        rows = torch.stack([made[:, -1].cpu(), path[:, -1]]).flatten(0, 1)
+        return image_grid(rows, columns=len(labels))
+
+    return preview

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,7 +15,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ard.models.history import History, TeacherForced
+from ard.models.pretrained import Pretrained
 from ard_kernels import BlockLayout, adaln, gated_residual_adaln
+
+if TYPE_CHECKING:
+    from ard.diffusion import Diffusion
+
+TimeFrequencies = Literal["dit", "diffusers"]
 
 _SIZES = {  # depth, width, heads: DiT, table 1
     "S": (12, 384, 6),
@@ -48,17 +55,24 @@ def position_embedding(width: int, grid: tuple[int, int]) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """Time in [0, 1000) -> width, through cosines and sines and two linear layers."""
+    """Time in [0, 1000) -> width, through cosines and sines and two linear layers.
 
-    def __init__(self, width: int) -> None:
+    Frequencies 10000^(-i/128) for i < 128, as in the public DiT, or 10000^(-i/127), as in diffusers' DiT.
+    """
+
+    def __init__(self, width: int, frequencies: TimeFrequencies = "dit") -> None:
         super().__init__()
+        if frequencies not in get_args(TimeFrequencies):
+            raise ValueError(f"DiT: time_frequencies is {frequencies!r}, accepted are 'dit', 'diffusers'")
+        half = _TIME_FREQUENCIES // 2
+        self.divisor = half if frequencies == "dit" else half - 1
         self.mlp = nn.Sequential(nn.Linear(_TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         """(...,) -> (..., width)."""
         half = _TIME_FREQUENCIES // 2
         frequencies = torch.exp(
-            -math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half
+            -math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / self.divisor
         )
         angles = t.float().unsqueeze(-1) * frequencies
         waves = torch.cat([angles.cos(), angles.sin()], -1)
@@ -193,7 +207,7 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor
     return image
 
 
-class DiT(nn.Module):
+class DiT(nn.Module, Pretrained):
     """A diffusion transformer with adaLN-zero, conditioned on time and class.
 
     Args:
@@ -202,6 +216,10 @@ class DiT(nn.Module):
         num_classes: class labels are 0..num_classes-1.
         null_class: a further label, num_classes, means "no class"; guidance needs it.
         learn_sigma: the output has 2*channels channels, the second half for the variance.
+        time_frequencies: of the time embedding: "dit" (the public release) or "diffusers" (its DiT differs).
+
+    Attributes:
+        diffusion: the process that it was trained for; `from_pretrained` sets it, `save_pretrained` needs it.
 
     The state dict has the keys and shapes of the public release, whose weights load strictly.
     """
@@ -209,7 +227,7 @@ class DiT(nn.Module):
     def __init__(
         self, input_size: int | Sequence[int] = 32, patch_size: int = 2, channels: int = 4, width: int = 1152,
         depth: int = 28, heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000,
-        null_class: bool = True, learn_sigma: bool = True,
+        null_class: bool = True, learn_sigma: bool = True, time_frequencies: TimeFrequencies = "dit",
     ) -> None:  # fmt: skip
         super().__init__()
         size = (input_size, input_size) if isinstance(input_size, int) else (input_size[0], input_size[1])
@@ -222,16 +240,17 @@ class DiT(nn.Module):
         self.config: dict[str, Any] = {
             "input_size": list(size), "patch_size": patch_size, "channels": channels, "width": width,
             "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio, "num_classes": num_classes,
-            "null_class": null_class, "learn_sigma": learn_sigma,
+            "null_class": null_class, "learn_sigma": learn_sigma, "time_frequencies": time_frequencies,
         }  # fmt: skip
         self.input_size, self.patch_size, self.channels = size, patch_size, channels
         self.width, self.depth, self.heads, self.num_classes = width, depth, heads, num_classes
         self.null_class, self.learn_sigma = null_class, learn_sigma
         self.grid = (size[0] // patch_size, size[1] // patch_size)
         self.tokens = self.grid[0] * self.grid[1]
+        self.diffusion: Diffusion | None = None
 
         self.x_embedder = PatchEmbedder(channels, patch_size, width)
-        self.t_embedder = TimestepEmbedder(width)
+        self.t_embedder = TimestepEmbedder(width, time_frequencies)
         self.y_embedder = LabelEmbedder(num_classes, width, null_class)
         self.pos_embed = nn.Parameter(position_embedding(width, self.grid), requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
@@ -244,6 +263,20 @@ class DiT(nn.Module):
         if name not in PRESETS:
             raise ValueError(f"DiT.from_preset: name is {name!r}, accepted are {', '.join(PRESETS)}")
         return cls(input_size=input_size, **{**PRESETS[name], **options})
+
+    @classmethod
+    def _load_folder(cls, folder: Path) -> DiT:
+        from ard.checkpoints import load_teacher  # which imports this module
+
+        return load_teacher(folder)[0]
+
+    def _save_folder(self, folder: Path) -> None:
+        from ard.checkpoints import write_teacher
+
+        if self.diffusion is None:
+            raise ValueError("DiT.save_pretrained: diffusion is None, accepted is the Diffusion that the "
+                             "teacher was trained for: set model.diffusion")  # fmt: skip
+        write_teacher(folder, self, self.diffusion)
 
     def _initialise(self) -> None:
         """DiT, section 3.2: Xavier for linear layers, and zeros where a layer must start as the identity."""
@@ -264,14 +297,19 @@ class DiT(nn.Module):
         embedded: Tensor = self.x_embedder(x) + self.pos_embed
         return embedded
 
-    def modulation(self, t: Tensor, labels: Tensor) -> list[Tensor]:
-        """t (B,), labels (B,) -> the modulation of layers (B, 1, 6, D) and final norm (B, 1, 2, D)."""
-        condition = (self.t_embedder(t) + self.y_embedder(labels)).unsqueeze(1)
-        return [layer.adaLN_modulation(condition) for layer in (*self.blocks, self.final_layer)]
+    def condition(self, t: Tensor, labels: Tensor) -> Tensor:
+        """t (B,), labels (B,) -> (B, D), the sum of their embeddings."""
+        embedded: Tensor = self.t_embedder(t) + self.y_embedder(labels)
+        return embedded
 
-    def features(self, x: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def modulation(self, condition: Tensor) -> list[Tensor]:
+        """condition (B, D) -> the modulation of layers (B, 1, 6, D) and final norm (B, 1, 2, D)."""
+        rows = condition.unsqueeze(1)
+        return [layer.adaLN_modulation(rows) for layer in (*self.blocks, self.final_layer)]
+
+    def features(self, x: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The prediction of `forward`, and the residual stream (B, L, D) after every layer."""
-        tables = self.modulation(t, labels)
+        tables = self.modulation(condition)
         history = TeacherForced(BlockLayout((self.tokens,)))
         y, features = run_layers(self.blocks, self.embed(x), tables, history)
         return unpatchify(self.final_layer.linear(y), self.grid, self.patch_size), features
@@ -287,4 +325,4 @@ class DiT(nn.Module):
         Returns:
             (B, C or 2C, h, w).
         """
-        return self.features(x, t, labels)[0]
+        return self.features(x, self.condition(t, labels))[0]

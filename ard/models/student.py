@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from ard.models.dit import DiT, FinalLayer, run_layers, unpatchify
 from ard.models.history import KVCache, TeacherForced
+from ard.models.pretrained import Pretrained
 from ard_kernels import BlockLayout
 from ard_kernels.layout import Mask, check_mask
 
@@ -20,7 +23,7 @@ def student_times(steps: int) -> Tensor:
     return 999.0 * (steps - torch.arange(steps, dtype=torch.float32)) / steps
 
 
-class ARDTransformer(nn.Module):
+class ARDTransformer(nn.Module, Pretrained):
     """G(x_0 .. x_s; c) -> x_{s+1} for all steps s (arXiv 2504.11295, equation 5 and figure 4).
 
     Args:
@@ -29,42 +32,56 @@ class ARDTransformer(nn.Module):
         history_layers: N, how many of the lowest layers see earlier states; 0 is step distillation.
         mask: which earlier states they see.
         per_step_final: one final layer per step, or one shared by all.
+        times: S times that the input states are conditioned on, on the teacher's scale and in its direction
+            (`Diffusion.student_times`); default: those of the released recipe, for times in 0..999.
 
     Attributes:
         checkpointing: trade compute for memory in training (activation checkpointing).
+        trajectories: what it was trained on, as its folder records it.
     """
+
+    times: Tensor
 
     def __init__(
         self, teacher: dict[str, Any], steps: int = 4, history_layers: int = 6, mask: Mask = "causal",
-        per_step_final: bool = True,
+        per_step_final: bool = True, times: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self._build(DiT(**teacher), steps, history_layers, mask, per_step_final)
+        self._build(DiT(**teacher), steps, history_layers, mask, per_step_final, times)
 
-    def _build(self, dit: DiT, steps: int, history_layers: int, mask: Mask, per_step_final: bool) -> None:
+    def _build(
+        self, dit: DiT, steps: int, history_layers: int, mask: Mask, per_step_final: bool,
+        times: Sequence[float] | None,
+    ) -> None:  # fmt: skip
         if steps < 1:
             raise ValueError(f"ARDTransformer: steps is {steps}, accepted is an integer >= 1")
         if not 0 <= history_layers <= dit.depth:
             raise ValueError(f"ARDTransformer: history_layers is {history_layers}, "
                              f"accepted are 0..{dit.depth}, the teacher's layers")  # fmt: skip
         check_mask(mask, "ARDTransformer")
+        if times is not None and not (len(times) == steps and all(map(math.isfinite, times))):
+            raise ValueError(f"ARDTransformer: times is {times}, accepted are {steps} (steps) finite numbers")
         self.config: dict[str, Any] = {
             "teacher": dit.config, "steps": steps, "history_layers": history_layers, "mask": mask,
             "per_step_final": per_step_final,
         }  # fmt: skip
+        if times is not None:
+            self.config["times"] = [float(t) for t in times]
         self.steps, self.history_layers, self.mask = steps, history_layers, mask
         self.grid, self.patch_size, self.channels = dit.grid, dit.patch_size, dit.channels
         self.input_size, self.heads, self.width, self.depth = dit.input_size, dit.heads, dit.width, dit.depth
         self.num_classes = dit.num_classes
         self.layout = BlockLayout.uniform(steps, dit.tokens)
         self.checkpointing = False
+        self.trajectories: dict[str, Any] = {}
 
         self.x_embedder, self.t_embedder, self.y_embedder = dit.x_embedder, dit.t_embedder, dit.y_embedder
         self.pos_embed = dit.pos_embed
         self.blocks = dit.blocks
         final = _without_variance(dit)
         self.final_layers = nn.ModuleList(copy.deepcopy(final) for _ in range(steps if per_step_final else 1))
-        self.register_buffer("times", student_times(steps).to(dit.pos_embed.device), persistent=False)
+        told = student_times(steps) if times is None else torch.tensor(times, dtype=torch.float32)
+        self.register_buffer("times", told.to(dit.pos_embed.device), persistent=False)
 
     @classmethod
     def from_teacher(
@@ -74,15 +91,34 @@ class ARDTransformer(nn.Module):
         history_layers: int = 6,
         mask: Mask = "causal",
         per_step_final: bool = True,
+        times: Sequence[float] | None = None,
     ) -> ARDTransformer:
         """A student with a copy of the teacher's weights, in every final layer without the variance half."""
         student = cls.__new__(cls)
         nn.Module.__init__(student)
-        student._build(copy.deepcopy(teacher), steps, history_layers, mask, per_step_final)
+        student._build(copy.deepcopy(teacher), steps, history_layers, mask, per_step_final, times)
         return student.requires_grad_(True)._freeze_positions()
 
     def _freeze_positions(self) -> ARDTransformer:
         self.pos_embed.requires_grad_(False)
+        return self
+
+    @classmethod
+    def _load_folder(cls, folder: Path) -> ARDTransformer:
+        from ard.checkpoints import load_student  # which imports this module
+
+        return load_student(folder)[0]
+
+    def _save_folder(self, folder: Path) -> None:
+        from ard.checkpoints import write_student
+
+        write_student(folder, self, self.trajectories)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ARDTransformer:
+        times = self.times  # stay float32 whatever the weights become: bfloat16 has no 749.25, nor 999
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.times.dtype != times.dtype:
+            self.times = times.to(self.times.device)
         return self
 
     def _final(self, step: int) -> FinalLayer:
@@ -119,12 +155,15 @@ class ARDTransformer(nn.Module):
         if states.dim() != 5 or tuple(states.shape[1:]) != expected:
             raise ValueError(f"ARDTransformer: states has shape {tuple(states.shape)}, accepted is (B, "
                              f"{', '.join(map(str, expected))})")  # fmt: skip
-        history = TeacherForced(self.layout, self.history_layers, self.mask)
-        y, _ = run_layers(
-            self.blocks, self.embed(states), self.modulation(labels), history, self.checkpointing
-        )
-        parts = y.unflatten(1, (self.steps, -1)).unbind(1)
+        parts = self.trunk(states, labels).unflatten(1, (self.steps, -1)).unbind(1)
         return torch.stack([self._predict(part, s) for s, part in enumerate(parts)], 1)
+
+    def trunk(self, states: Tensor, labels: Tensor) -> Tensor:
+        """`forward` up to the final linear layers: (B, S*L, D)."""
+        history = TeacherForced(self.layout, self.history_layers, self.mask)
+        return run_layers(
+            self.blocks, self.embed(states), self.modulation(labels), history, self.checkpointing
+        )[0]
 
     def cache(self, batch: int, dtype: torch.dtype, device: torch.device) -> KVCache:
         """An empty cache for `step`, of the dtype that keys and values have (under autocast: its dtype)."""

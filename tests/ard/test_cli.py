@@ -19,7 +19,10 @@ from safetensors.torch import load_file, save_file
 from ard.cli import main
 from ard.trajectories import RecordConfig
 
-_COMMANDS = ("demo", "train-teacher", "record", "distill", "sample", "evaluate", "flops", "convert")
+_COMMANDS = (
+    "demo", "train-teacher", "record", "encode", "distill", "finetune", "sample", "evaluate", "diagnose",
+    "flops", "convert",
+)  # fmt: skip
 # "distill:  50%|█████     | 2/4 [00:00<00:00, ...": what tqdm rewrites in place.
 _BAR = re.compile(r"^[\w. -]+: +\d+%\|.*$")
 
@@ -97,6 +100,8 @@ def _nothing(_: Place) -> None:
 
 _RECORD = "record --teacher TEACHER --out OUT --samples 8"
 _DISTILL = "distill --teacher TEACHER --trajectories STORE --out OUT --history-layers 2 --iterations 2"
+_FINETUNE = "finetune --teacher TEACHER --regression FILE --trajectories STORE --real digits --out OUT"
+_DIAGNOSE = "diagnose --students STUDENT --trajectories STORE --out OUT"
 _SAMPLE = "sample --student STUDENT --out OUT --samples 4"
 _EVALUATE = "evaluate --student STUDENT --trajectories STORE --out OUT"
 
@@ -155,6 +160,25 @@ _BAD: dict[str, tuple[Callable[[Place], object], str, str, set[str]]] = {
         _nothing, f"{_DISTILL} --batch-size 8 --accumulate 3", "batch_size is 8, accepted are multiples",
         set()),
     "distill, no batch": (_nothing, f"{_DISTILL} --batch-size 0", "batch_size is 0, accepted", set()),
+    "distill, a share of more than all": (
+        _nothing, f"{_DISTILL} --rollout 1.5", r"rollout is 1\.5, accepted is a share", set()),
+    "encode, no images": (
+        _nothing, "encode --images FILE --vae FILE --out OUT", "FILE", set()),
+    "finetune, no regression": (_nothing, _FINETUNE, r"FILE/student: no config.json there", set()),
+    "finetune, no trajectories": (
+        lambda p: shutil.rmtree(p.store), _FINETUNE, r"no manifest.json there", set()),
+    "finetune, half precision": (
+        _nothing, f"{_FINETUNE} --precision fp16", "precision is 'fp16', accepted", set()),
+    "finetune, no run of distill": (
+        lambda p: shutil.copytree(p.student, p.folder / "FILE" / "student"),
+        _FINETUNE, "no checkpoint there; accepted is a run", set()),
+    "diagnose, no student": (lambda p: shutil.rmtree(p.student), _DIAGNOSE, "no config.json there", set()),
+    "diagnose, truncated shard": (
+        lambda p: _truncate(p.store / "shard-000000.safetensors"), _DIAGNOSE,
+        "shard-000000.safetensors: trunc", set()),
+    "demo, no teacher": (
+        lambda p: shutil.rmtree(p.teacher), "demo --teacher TEACHER --out OUT", "TEACHER: no config.json",
+        {"run.json"}),
     "sample, no student": (lambda p: shutil.rmtree(p.student), _SAMPLE, "no config.json there", set()),
     "sample, a teacher for a student": (
         _nothing, _SAMPLE.replace("STUDENT", "TEACHER"), "holds a DiT, wanted is a ARDTransformer", set()),

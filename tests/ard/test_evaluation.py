@@ -16,7 +16,7 @@ from torch import Tensor
 import ard
 from ard.assets import ASSETS
 from ard.checkpoints import load_student, save_teacher
-from ard.data import to_uint8
+from ard.data import load_images, to_uint8
 from ard.diffusion import Diffusion
 from ard.evaluation import (
     EvaluateConfig,
@@ -24,12 +24,14 @@ from ard.evaluation import (
     Statistics,
     StatisticsConfig,
     TrainClassifierConfig,
+    class_consistency,
     classifier_extractor,
     evaluate,
     extract,
     frechet_distance,
     image_metrics,
     inception_extractor,
+    load_classifier,
     precision_recall,
     statistics,
     train_classifier,
@@ -117,6 +119,15 @@ def test_inception_weights_are_asked_for(tmp_path: Path) -> None:
         inception_extractor(tmp_path / "none.pth")
 
 
+def test_class_consistency_of_real_images_is_the_accuracy() -> None:
+    images = load_images("digits", train=False)
+    extractor = Extractor("by the mean", lambda x: x, lambda x: x.float().mean((1, 2, 3)).long() % 10)
+    pixels = to_uint8(images.pixels)
+    wanted = sum(int(float(x.float().mean())) % 10 == y for x, y in zip(pixels, images.labels, strict=True))
+    assert class_consistency(extractor, pixels, images.labels, batch=7) == pytest.approx(wanted / len(pixels))
+    assert class_consistency(Extractor("no classes", lambda x: x), pixels, images.labels) is None
+
+
 def test_the_embedded_classifier_makes_the_embedded_statistics() -> None:
     extractor = classifier_extractor(ASSETS / "classifier")
     reference = Statistics.load(ASSETS / "statistics.safetensors")
@@ -137,7 +148,8 @@ def test_a_report_says_what_the_student_does(recording: RecordConfig, student: P
     extractor = classifier_extractor(ASSETS / "classifier")
     reference = Statistics.load(ASSETS / "statistics.safetensors")
     teacher = image_metrics(to_uint8(states[:, -1]), extractor, reference)
-    assert report["teacher"] == pytest.approx(teacher)
+    right = load_classifier(ASSETS / "classifier")(states[:, -1].clamp(-1, 1)).argmax(1) == labels
+    assert report["teacher"] == pytest.approx({**teacher, "consistency": float(right.float().mean())})
     assert report["student"] != report["teacher"]
     assert report["features"] == extractor.name
     assert report["student"]["samples"] == 10

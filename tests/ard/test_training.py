@@ -20,8 +20,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ard.checkpoints import load_student, load_teacher, read_tensors, write_tensors
-from ard.data import index_noise
+from ard.data import Stream, index_noise, index_uniform, shuffled
+from ard.losses import trajectory_loss
+from ard.models import ARDTransformer
 from ard.runs import Run
+from ard.sampling import sample
 from ard.training import (
     Batch,
     DistillConfig,
@@ -45,7 +48,7 @@ _SHORT = Optimisation(
 
 def _config(recording: RecordConfig, out: Path, o: Optimisation = _SHORT, **options: object) -> DistillConfig:
     return DistillConfig(
-        recording.teacher, recording.out, out, **{"history_layers": 2, **options}, optimisation=o
+        recording.teacher, out, recording.out, **{"history_layers": 2, **options}, optimisation=o
     )  # type: ignore[arg-type]
 
 
@@ -278,14 +281,35 @@ def test_a_loss_that_is_not_a_number_stops_the_run(
     calls = iter(range(1000))
     loss = training.trajectory_loss
 
-    def bad_from_the_fifth(model: nn.Module, *batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        value, terms = loss(model, *batch)
+    def bad_from_the_fifth(*of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        value, terms = loss(*of)
         return (value * torch.nan if next(calls) >= 4 else value), terms
 
     monkeypatch.setattr(training, "trajectory_loss", bad_from_the_fifth)
     with pytest.raises(ValueError, match=r"the loss is nan at step 6; try a lower --lr or --clip"):
         distill(_config(recording, tmp_path, replace(_SHORT, log_every=100, iterations=20)))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_rollout_trains_on_the_own_states(recording: RecordConfig, tmp_path: Path) -> None:
+    """Share 1: every input but the noise is the student's own, the targets are the teacher's; share 0.5:
+    about half of the samples; which ones depends on their position alone."""
+    o = replace(_SHORT, iterations=1, batch_size=44, log_every=1)
+    for name, share in (("teacher", 0.0), ("half", 0.5), ("own", 1.0)):
+        distill(_config(recording, tmp_path / name, o, rollout=share))
+    store = TrajectoryStore(recording.out)
+    student = ARDTransformer.from_teacher(load_teacher(recording.teacher)[0], 4, 2)
+    states, labels = store.states(shuffled(0, 44, 44, 0), store.grid(4), "x0")
+    own = torch.cat([states[:, :1], sample(student, states[:, 0], labels)[:, :-1]], 1)
+    chosen = index_uniform(torch.arange(44), 0, Stream.ROLLOUT) < 0.5
+    assert 11 <= int(chosen.sum()) <= 33
+    for name, rows in (("teacher", chosen & ~chosen), ("half", chosen), ("own", chosen | ~chosen)):
+        inputs = torch.where(rows.view(-1, 1, 1, 1, 1), own, states[:, :-1])
+        with torch.no_grad():
+            loss, terms = trajectory_loss(student(inputs, labels), states)
+        assert _log(tmp_path / name)[0]["loss"] == pytest.approx(float(loss), rel=1e-5)
+        assert _log(tmp_path / name)[0]["terms"] == pytest.approx(terms.tolist(), rel=1e-5)
+    assert _log(tmp_path / "own")[0]["loss"] != pytest.approx(_log(tmp_path / "teacher")[0]["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -313,15 +337,16 @@ def test_every_step_draws_noise_of_its_own(tmp_path: Path) -> None:
     def drawn(name: str, seed: int) -> list[float]:
         seen = []
 
-        def loss_of(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        def loss_of(
+            model: nn.Module, batch: Batch, step: int
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             seen.append(float(torch.rand(())))
-            loss = model(batch[0]).mean()
-            return loss, loss.unsqueeze(0)
+            return model(batch[0]).mean(), {}
 
         o = replace(_SHORT, seed=seed)
         fit(
-            Run(tmp_path / name, "test", o), accelerator_for(o), nn.Linear(2, 1), o, 20,
-            lambda i: (torch.ones(len(i), 2),), loss_of, lambda _: torch.empty(0),
+            Run(tmp_path / name, "test", o), accelerator_for(o), nn.Linear(2, 1), o,
+            lambda positions: (torch.ones(len(positions), 2),), loss_of, lambda _: torch.empty(0),
         )  # fmt: skip
         return seen
 

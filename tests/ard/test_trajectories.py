@@ -9,17 +9,20 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import tiny_teacher
+from torch import Tensor
 
-from ard.checkpoints import load_teacher
+from ard.checkpoints import load_teacher, save_teacher
 from ard.data import index_noise
-from ard.diffusion import guided
-from ard.trajectories import RecordConfig, TrajectoryStore, record
+from ard.diffusion import Diffusion, Solver, guided
+from ard.models import DiT
+from ard.trajectories import LiveTrajectories, RecordConfig, SolverConfig, TrajectoryStore, record
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -229,3 +232,122 @@ def test_positions_that_the_solver_has_not_are_refused(recording: RecordConfig, 
         with pytest.raises(ValueError, match=r"keep is \(\d+,\), accepted are positions 1\.\.24"):
             record(replace(recording, out=tmp_path / "refused", keep=keep))
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("solver", ["heun", "dpm-solver++"])
+def test_every_solver_is_recorded_alike(recording: RecordConfig, tmp_path: Path, solver: Solver) -> None:
+    """Position i holds what that solver has at times[i]; another solver's store is not continued."""
+    config = replace(
+        recording, out=tmp_path, samples=8, solver=solver, solver_steps=10, dtype="float32", keep="all"
+    )
+    record(config)
+    store = TrajectoryStore(tmp_path)
+    assert store.summary()["solver"] == solver
+    model, diffusion = load_teacher(config.teacher)
+    noise, labels = index_noise(torch.arange(8), (1, 28, 28), 0), torch.arange(8)
+    with torch.no_grad():
+        denoise, times = guided(model, 10, 1.5), diffusion.solver_times(10)
+        solved = {state.index: state for state in diffusion.solve(denoise, noise, labels, times, solver)}
+    grid = tuple(range(10, -1, -1))
+    for name in ("x0", "xt"):
+        states, _ = store.states(torch.arange(8), grid, name)  # type: ignore[arg-type]
+        middle = [solved[i].x0 if name == "x0" else solved[i].x for i in grid[1:-1]]
+        assert torch.equal(states, torch.stack([noise, *middle, solved[-1].x], 1))  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"another recording .*solver is"):
+        record(replace(config, solver="ddim"))
+    with pytest.raises(ValueError, match="record: solver is 'euler', accepted are 'ddim', 'heun'"):
+        record(replace(config, out=tmp_path / "refused", solver="euler"))  # type: ignore[arg-type]
+    assert not (tmp_path / "refused").exists()
+
+
+def _live(config: RecordConfig, samples: int | None) -> LiveTrajectories:
+    options = {field.name: getattr(config, field.name) for field in fields(SolverConfig)}
+    return LiveTrajectories(config.teacher, SolverConfig(**options), samples)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": "bfloat16", "solver": "heun", "solver_steps": 11},
+        {"precision": "bf16", "seed": 3, "guidance": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_live_is_what_would_be_recorded(
+    recording: RecordConfig, tmp_path: Path, options: dict[str, object]
+) -> None:
+    """To the bit, where the passes of the solver are the same: samples 0..7, 8..15, and the last shard's."""
+    config = replace(recording, out=tmp_path, keep="all", samples=20, **options)  # type: ignore[arg-type]
+    record(config)
+    store, live = TrajectoryStore(tmp_path), _live(config, 20)
+    top = config.solver_steps
+    for indices in (torch.arange(16), torch.arange(16, 20)):
+        for name, grid in (("x0", tuple(range(top, -1, -1))), ("xt", (top, 7, 2, 0)), ("x0", (top, 0))):
+            ours, wanted = (of.states(indices, grid, name) for of in (live, store))  # type: ignore[arg-type]
+            for got, expected in zip(ours, wanted, strict=True):
+                assert got.dtype == expected.dtype
+                assert torch.equal(got, expected)
+    assert live.summary() == store.summary()
+    assert len(live) == len(store)
+    for steps in (1, 2, 3, 4, 5):
+        assert live.grid(steps) == store.grid(steps)
+
+
+def test_a_live_sample_depends_on_seed_and_index_alone(recording: RecordConfig) -> None:
+    """Any batch, any order, an endless supply: its noise and class to the bit, the rest up to rounding."""
+    live, grid = _live(recording, None), (25, 15, 10, 5, 0)
+    state = torch.random.get_rng_state()
+    indices = torch.tensor([10**12, 43, 7, 0, 10**12, 16, 15, 2, 9, 3])  # two passes, of 8 and 2
+    path, labels = live.states(indices, grid, "x0")
+    alone = [live.states(index.view(1), grid, "x0") for index in indices]
+    assert torch.equal(path[:, 0], index_noise(indices, (1, 28, 28), recording.seed).half().float())
+    assert labels.tolist() == [index % 10 for index in indices.tolist()]
+    torch.testing.assert_close(path, torch.cat([p for p, _ in alone]), rtol=1e-3, atol=1e-5)  # float16
+    assert len(live) >= 10**12
+    assert not path.requires_grad
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_live_passes_hold_batch_size_samples(
+    recording: RecordConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, seen, forward = _live(recording, None), set(), DiT.forward
+
+    def counted(self: DiT, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        seen.add(len(x))
+        return forward(self, x, t, labels)
+
+    monkeypatch.setattr(DiT, "forward", counted)
+    path, _ = live.states(torch.arange(20), (25, 0), "x0")
+    assert len(path) == 20
+    assert seen == {2 * 8, 2 * 4}  # with and without class
+
+
+def test_precision_is_that_of_the_teacher_alone(recording: RecordConfig) -> None:
+    """bfloat16 products show in the result, at their size; the noise has no such rounding."""
+    exact, rounded = (
+        LiveTrajectories(recording.teacher, SolverConfig(dtype="float32", precision=precision), 4)
+        for precision in ("no", "bf16")
+    )
+    (full, _), (half, _) = (live.states(torch.arange(4), (25, 10, 0), "x0") for live in (exact, rounded))
+    assert torch.equal(full[:, 0], half[:, 0])
+    error = (full - half)[:, 1:].abs().mean() / full[:, 1:].abs().mean()
+    assert 1e-5 < error < 0.1
+
+
+def test_live_refuses_what_cannot_be(recording: RecordConfig, tmp_path: Path) -> None:
+    live = _live(recording, None)
+    live.check_teacher(recording.teacher)
+    save_teacher(tmp_path, tiny_teacher(seed=1), Diffusion("linear", "v"))
+    with pytest.raises(ValueError, match="was recorded from another teacher than"):
+        live.check_teacher(tmp_path)
+    with pytest.raises(ValueError, match="samples is 0, accepted is an integer >= 1"):
+        _live(recording, 0)
+    for options, message in (
+        ({"batch_size": 0}, "LiveTrajectories: batch_size is 0, accepted is an integer >= 1"),
+        ({"solver": "rk4"}, "LiveTrajectories: solver is 'rk4', accepted are 'ddim'"),
+        ({"solver_steps": 0}, r"solver steps is 0, accepted are 1\.\.1000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LiveTrajectories(recording.teacher, SolverConfig(**options))  # type: ignore[arg-type]

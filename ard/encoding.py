@@ -1,0 +1,147 @@
+"""Latents of a folder of images, made once by a VAE and cached for training, see `LatentStore`.
+
+Every image is encoded as it is and mirrored: a mirrored latent is not the latent of the mirrored image.
+
+    latents (n, 2, C, h, w), [:, 1] of the mirrored images   labels (n,) int64
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ard.checkpoints import read_json, sha256
+from ard.data import ImageFolder, LatentStore, Stream, index_noise
+from ard.shards import Shards, worker, worker_device
+
+_VAE_CONFIG, _VAE_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Encode a folder of images with a VAE, as they are and mirrored. A store that is there is continued;
+    processes may share the work."""
+
+    images: Path
+    """Folder of images in a subfolder per class."""
+    vae: Path
+    """Folder of a diffusers AutoencoderKL: config.json and diffusion_pytorch_model.safetensors."""
+    out: Path
+    """Folder of the store."""
+    size: int = 256
+    """Height and width in pixels to which images are resized and cropped."""
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """How latents are stored."""
+    shard_size: int = 1000
+    """Images per file."""
+    batch_size: int = 16
+    """Images per pass of the VAE, in which each is twice."""
+    precision: Literal["no", "bf16"] = "no"
+    """Autocast dtype of the VAE ("no": float32)."""
+    seed: int = 0
+    """Seed of the noise by which latents are sampled; that of an image depends on (seed, its index) alone."""
+
+
+def encode(config: EncodeConfig) -> None:
+    """Write the store, or what is missing of it.
+
+    A latent is a sample z = mean + deviation * noise of the VAE's posterior, as the model sees it: the VAE's
+    scaling_factor times z (0.18215 in Stable Diffusion; arXiv 2112.10752, appendix G). Where the VAE has a
+    shift_factor, z is less by that first.
+
+    Raises:
+        ValueError: an option, the VAE or an image is not accepted, diffusers is not installed, or the folder
+            holds other latents.
+    """
+    for name in ("size", "shard_size", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"encode: {name} is {getattr(config, name)}, accepted is an integer >= 1")
+    vae = _load_vae(config.vae)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if config.size % factor:
+        raise ValueError(f"encode: size is {config.size}, accepted by this VAE are multiples of {factor}")
+    shape = (vae.config.latent_channels, config.size // factor, config.size // factor)
+    scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+    images = ImageFolder(config.images, config.size, vae.config.in_channels)
+    manifest = {
+        "format": LatentStore.FORMAT, "images": images.checksum(), "size": config.size,
+        "vae": {name: sha256(config.vae / name) for name in (_VAE_CONFIG, _VAE_WEIGHTS)},
+        "scaling_factor": scale, "shift_factor": shift, "shape": list(shape),
+        "samples": len(images), "shard_size": config.shard_size, "batch_size": config.batch_size,
+        "dtype": config.dtype, "precision": config.precision, "seed": config.seed, "classes": images.classes,
+    }  # fmt: skip
+    shards = Shards.begin(config.out, "encode", manifest)
+    device = worker_device()
+    vae.to(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+    def latents(indices: Tensor) -> dict[str, Tensor]:
+        pixels, labels = images.fetch(indices, torch.zeros(len(indices), dtype=torch.bool))
+        both = torch.stack([pixels, pixels.flip(-1)], 1).to(device)  # (n, 2, channels, size, size)
+        with torch.no_grad(), autocast:
+            posterior = vae.encode(both.flatten(0, 1)).latent_dist
+        noise = index_noise(indices, (2, *shape), config.seed, Stream.ENCODE).to(device)
+        z = posterior.mean.float() + posterior.std.float() * noise.flatten(0, 1)
+        stored = ((z - shift) * scale).to(_DTYPES[config.dtype])
+        if not stored.isfinite().all():
+            raise ValueError(
+                f"encode: latents of images {indices[0]}..{indices[-1]} are not finite; dtype is "
+                f"{config.dtype!r}, precision {config.precision!r}; try --dtype float32"
+            )
+        return {"latents": stored.unflatten(0, (-1, 2)).cpu(), "labels": labels}
+
+    rank, world = worker()
+    own = range(rank, len(shards), world)
+    total = sum(len(shards.range(shard)) for shard in own)
+    with tqdm(total=total, desc="encode", unit="image", disable=rank > 0, mininterval=1.0) as bar:
+        for shard in own:
+            if shards.problem(shard) is None:
+                bar.update(len(shards.range(shard)))
+                continue
+            parts = []
+            for indices in torch.tensor(shards.range(shard)).split(config.batch_size):
+                parts.append(latents(indices))
+                bar.update(len(indices))
+            shards.write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    if rank == 0:
+        print(f"latents: {config.out} ({len(images)} images of {images.num_classes} classes)")
+
+
+def _load_vae(folder: Path) -> Any:
+    """The AutoencoderKL of a folder, in evaluation mode and without gradients."""
+    for name in (_VAE_CONFIG, _VAE_WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"vae is {folder}, without {name}; accepted is the folder of a diffusers AutoencoderKL "
+                f"({_VAE_CONFIG} and {_VAE_WEIGHTS}; in a folder of Stable Diffusion it is the subfolder vae)"
+            )
+    described = read_json(folder / _VAE_CONFIG)
+    found = described.get("_class_name") if isinstance(described, dict) else None
+    if found != "AutoencoderKL":
+        raise ValueError(f"{folder / _VAE_CONFIG}: holds a {found}, accepted is an AutoencoderKL")
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ValueError(
+            f"encode: needs the extra `diffusers` (pip install 'ard[diffusers]'): {error}"
+        ) from None
+    vae, info = AutoencoderKL.from_pretrained(
+        folder,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        torch_dtype=torch.float32,  # whatever the file has
+    )
+    if complaints := [f"{kind.split('_')[0]} {name}" for kind, names in info.items() for name in names]:
+        raise ValueError(
+            f"{folder / _VAE_WEIGHTS}: does not fit its {_VAE_CONFIG}: {'; '.join(complaints[:4])}"
+        )
+    if vae.config.latents_mean is not None or vae.config.latents_std is not None:
+        raise ValueError(f"{folder / _VAE_CONFIG}: has latents_mean or latents_std, accepted is null")
+    return vae.eval().requires_grad_(False)

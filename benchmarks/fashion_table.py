@@ -1,0 +1,331 @@
+"""Every row of the published table (arXiv 2504.11295, tables 1 and 2), on Fashion-MNIST.
+
+    python -m benchmarks.fashion_table --out runs/table
+
+Students of the embedded teacher, alike but for what a row says, trained on the same trajectories and
+evaluated on others. Rows that carry a claim are trained with several seeds. Whatever is there already is not
+made again: a table that was stopped, or is asked for more seeds or rows, goes on. Writes table.json, table.md
+and table.png.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import tyro
+from tqdm import tqdm
+
+from ard.assets import ASSETS
+from ard.checkpoints import load_student, load_teacher, read_json, write_json, write_text
+from ard.costs import dit_macs, student_macs
+from ard.data import to_uint8
+from ard.diffusion import guided
+from ard.evaluation import (
+    Statistics,
+    class_consistency,
+    classifier_extractor,
+    evaluate_checkpoints,
+    image_metrics,
+)
+from ard.finetuning import FinetuneConfig, finetune
+from ard.sampling import sample
+from ard.training import DistillConfig, Optimisation, distill
+from ard.trajectories import RecordConfig, TrajectoryStore, record
+from ard_kernels.layout import Mask
+from benchmarks.common import environment, medians
+
+_LAYERS = 8  # of the embedded teacher
+_SOME = 2  # as a share of them, the paper's 6 of 28
+
+
+@dataclass(frozen=True)
+class Row:
+    """A student of the table, and what is published of the corresponding ImageNet-256 one."""
+
+    name: str
+    steps: int
+    history_layers: int = 0
+    mask: Mask = "causal"
+    gan: bool = False
+    rollout: float = 0.0
+    claim: bool = False
+    """Trained with all seeds."""
+    published: tuple[float, float, float, float] | None = None
+    """FID, precision, recall, GMAC."""
+
+    @property
+    def key(self) -> str:
+        """A folder's name."""
+        own = (
+            f"s{self.steps}-n{self.history_layers}-{self.mask}"
+            if self.history_layers
+            else f"s{self.steps}-n0"
+        )
+        return own + ("-gan" if self.gan else "") + (f"-rollout{self.rollout:g}" if self.rollout else "")
+
+
+ROWS = (
+    Row("KD", 1, published=(11.88, 0.665, 0.565, 118.6)),
+    Row("step distillation", 2, published=(10.92, 0.681, 0.518, 237.2)),
+    Row("ARD, some layers", 2, _SOME, published=(6.29, 0.737, 0.564, 238.1)),
+    Row("ARD, all layers", 2, _LAYERS, published=(6.54, 0.734, 0.569, 241.5)),
+    Row("step distillation", 4, claim=True, published=(10.25, 0.704, 0.474, 474.4)),
+    Row("ARD, some layers, M2", 4, _SOME, "window", published=(4.75, 0.768, 0.572, 477.1)),
+    Row("ARD, some layers, M3", 4, _SOME, "anchor", published=(4.45, 0.773, 0.572, 477.1)),
+    Row("ARD, some layers", 4, _SOME, claim=True, published=(4.32, 0.770, 0.574, 479.9)),
+    Row("ARD, all layers", 4, _LAYERS, claim=True, published=(4.80, 0.761, 0.566, 500.2)),
+    Row("step distillation + GAN", 4, gan=True, claim=True, published=(3.84, 0.785, 0.557, 474.4)),
+    Row("ARD, some layers + GAN", 4, _SOME, gan=True, claim=True, published=(1.84, 0.797, 0.615, 479.9)),
+    Row("ARD, all layers + GAN", 4, _LAYERS, gan=True, claim=True),
+    Row("step distillation, own states", 4, rollout=0.5),
+    Row("ARD, all layers, own states", 4, _LAYERS, rollout=0.5),
+)
+_TEACHERS = {"teacher, 250 steps": (250, (2.27, 0.830, 0.570, 59300.0)),
+             "teacher, 25 steps": (25, (2.89, 0.797, 0.572, 5930.0))}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """The published table, on Fashion-MNIST."""
+
+    out: Path = Path("runs/table")
+    """Folder of everything; what is there is not made again."""
+    iterations: int = 20_000
+    """Of the regression stage."""
+    batch_size: int = 24
+    """Samples per iteration of both stages."""
+    samples: int = 40_000
+    """Trajectories to train on."""
+    held_out: int = 5000
+    """Further trajectories, to evaluate on."""
+    gan_iterations: int = 4000
+    """Of the GAN stage."""
+    gan_warmup: int = 500
+    """Of them, those in which only the discriminator learns."""
+    gan_ramp: int = 500
+    """Of them, those after it in which the adversarial loss comes in."""
+    seeds: int = 3
+    """Of the rows that carry a claim; the others have one."""
+    rows: tuple[str, ...] = ()
+    """Only these, by key (as in the folder); default: all."""
+    jobs: int = 2
+    """Students trained side by side, with one thread each."""
+    points: int = 4
+    """How often a regression is evaluated while it trains."""
+
+
+def _runs(config: TableConfig) -> Iterator[tuple[Row, int]]:
+    """Of every row its seeds; regressions first, which the GAN stage starts from."""
+    rows = [row for row in ROWS if not config.rows or row.key in config.rows]
+    for row in sorted(rows, key=lambda row: row.gan):
+        for seed in range(config.seeds if row.claim else 1):
+            yield row, seed
+
+
+def _folder(config: TableConfig, row: Row, seed: int) -> Path:
+    return config.out / row.key / f"seed-{seed}"
+
+
+def _optimisation(config: TableConfig, seed: int, gan: bool) -> Optimisation:
+    iterations = config.gan_iterations if gan else config.iterations
+    every = -(-iterations // config.points)
+    return Optimisation(
+        iterations=iterations, batch_size=config.batch_size, lr=1e-4 if gan else 1e-3,
+        lr_schedule="constant" if gan else "cosine", warmup=0 if gan else 100, ema=0.998,
+        checkpoint_every=every, keep_checkpoints=config.points, sample_every=every, seed=seed,
+    )  # fmt: skip
+
+
+def _train(config: TableConfig, row: Row, seed: int) -> None:
+    """One student, evaluated at every checkpoint."""
+    torch.set_num_threads(1)
+    out = _folder(config, row, seed)
+    teacher, trajectories = ASSETS / "teacher", config.out / "trajectories"
+    o = _optimisation(config, seed, row.gan)
+    if not (out / "student").exists():
+        if row.gan:
+            start = _folder(config, dataclasses.replace(row, gan=False), seed)
+            finetune(
+                FinetuneConfig(
+                    teacher, start, trajectories, "fashion-mnist", out, gan_warmup=config.gan_warmup,
+                    gan_ramp=config.gan_ramp, optimisation=o,
+                )
+            )  # fmt: skip
+        else:
+            distill(
+                DistillConfig(
+                    teacher, out, trajectories, steps=row.steps, history_layers=row.history_layers,
+                    mask=row.mask, rollout=row.rollout,
+                    optimisation=o,
+                )
+            )  # fmt: skip
+    evaluate_checkpoints(out, config.out / "held-out")
+
+
+def _record(config: TableConfig) -> None:
+    teacher = ASSETS / "teacher"
+    for folder, count, seed, steps in (
+        ("trajectories", config.samples, 0, 25),
+        ("held-out", config.held_out, 1, 25),
+        ("held-out-250", config.held_out, 1, 250),
+    ):
+        keep: Any = "fifth" if steps == 25 else ()
+        record(
+            RecordConfig(teacher, config.out / folder, samples=count, solver_steps=steps, keep=keep,
+                         shard_size=max(100, -(-count // 8)), precision="bf16", seed=seed)
+        )  # fmt: skip
+
+
+def _teacher_metrics(config: TableConfig, folder: str) -> dict[str, Any]:
+    target = config.out / folder / "evaluation.json"
+    if not target.exists():
+        store = TrajectoryStore(config.out / folder)
+        states, labels = store.states(torch.arange(len(store)), store.grid(1), "x0")
+        extractor = classifier_extractor(ASSETS / "classifier")
+        images = to_uint8(states[:, -1])
+        metrics = image_metrics(images, extractor, Statistics.load(ASSETS / "statistics.safetensors"))
+        write_json(target, {**metrics, "consistency": class_consistency(extractor, images, labels)})
+    found: dict[str, Any] = read_json(target)
+    return found
+
+
+def _seconds(config: TableConfig, students: dict[str, Path]) -> dict[str, float]:
+    """ms a sample of every student and of the 25-step teacher, in turn, batch 50."""
+    teacher, diffusion = load_teacher(ASSETS / "teacher")
+    store = TrajectoryStore(config.out / "held-out")
+    states, labels = store.states(torch.arange(min(50, len(store))), store.grid(1), "x0")
+    noise, times = states[:, 0], diffusion.solver_times(25)
+    denoise = guided(teacher, teacher.num_classes, 1.5)
+    candidates: dict[str, Any] = {"teacher": lambda: [*diffusion.ddim(denoise, noise, labels, times)]}
+    for name, folder in students.items():
+        student, _ = load_student(folder)
+        candidates[name] = lambda student=student: sample(student, noise, labels)
+    with torch.no_grad():
+        return {name: 1000 * s / len(noise) for name, s in medians(candidates, 3).items()}
+
+
+def _collect(config: TableConfig) -> dict[str, Any]:
+    """What is finished, as the table's rows."""
+    macs = dit_macs(load_teacher(ASSETS / "teacher")[0].config).total
+    folders = {"teacher, 250 steps": "held-out-250", "teacher, 25 steps": "held-out"}
+    rows = []
+    for name, (steps, published) in _TEACHERS.items():
+        own = {**_teacher_metrics(config, folders[name]), "errors": []}
+        rows.append({"name": name, "key": folders[name], "steps": steps, "seeds": [own], "curves": [],
+                     "mmac": 2 * steps * macs / 1e6, "published": published})  # fmt: skip
+    first: dict[str, Path] = {}
+    for row in ROWS:
+        curves = []
+        for seed in range(config.seeds if row.claim else 1):
+            points = [
+                {"step": int(path.parent.name.removeprefix("step-")), **read_json(path)}
+                for path in sorted(_folder(config, row, seed).glob("evaluations/step-*/evaluation.json"))
+            ]
+            if points and (_folder(config, row, seed) / "student").exists():
+                curves.append([{"step": p["step"], **p["student"], "errors": p["errors"]} for p in points])
+        if curves:
+            first[row.key] = _folder(config, row, 0) / "student"
+            student, _ = load_student(first[row.key])
+            rows.append({"name": row.name, "key": row.key, "steps": row.steps, "curves": curves,
+                         "seeds": [points[-1] for points in curves], "published": row.published,
+                         "mmac": student_macs(student.config).total / 1e6})  # fmt: skip
+    milliseconds = _seconds(config, first)
+    for row_ in rows:
+        row_["ms"] = milliseconds.get("teacher" if row_["steps"] == 25 else row_["key"])
+    return {"rows": rows, "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+            "environment": environment()}  # fmt: skip
+
+
+def _spread(values: list[float], digits: int) -> str:
+    """Mean, and the standard deviation over seeds where there are several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _markdown(result: dict[str, Any]) -> str:
+    base = result["rows"][1]["seeds"][0]["frechet"]
+    lines = [
+        "| | S | seeds | Frechet | excess | consistency | precision | recall | MMAC | ms/sample "
+        "| error, last step | published FID | precision | recall | GMAC |",
+        "|---" * 15 + "|",
+    ]
+    for row in result["rows"]:
+        seeds = row["seeds"]
+        cells = [row["name"], str(row["steps"]), str(len(seeds)), _spread([s["frechet"] for s in seeds], 2)]
+        student = bool(seeds[0]["errors"])
+        cells.append(_spread([s["frechet"] - base for s in seeds], 2) if student else "")
+        cells += [_spread([s[name] for s in seeds], 3) for name in ("consistency", "precision", "recall")]
+        cells += [f"{row['mmac']:.1f}", "" if row["ms"] is None else f"{row['ms']:.2f}"]
+        cells.append(_spread([s["errors"][-1] for s in seeds], 4) if student else "")
+        cells += [f"{value:g}" for value in row["published"]] if row["published"] else [""] * 4
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _pictures(config: TableConfig, result: dict[str, Any]) -> None:
+    rows, base = result["rows"][2:], result["rows"][1]["seeds"][0]["frechet"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.35 * len(rows) + 2))
+    names = [f"{row['name']}, S = {row['steps']}" for row in rows]
+    for i, row in enumerate(rows):
+        gan, values = "GAN" in row["name"], [s["frechet"] - base for s in row["seeds"]]
+        left.barh(i, statistics.mean(values), color="tab:red" if gan else "tab:blue")
+        left.plot(values, [i] * len(values), "k.", markersize=4)
+        for seed, points in enumerate(row["curves"]):
+            right.plot(
+                [p["step"] for p in points], [p["frechet"] - base for p in points], marker=".",
+                color=f"C{i % 10}", linestyle="--" if gan else "-", label=None if seed else names[i],
+            )  # fmt: skip
+    left.set_yticks(range(len(rows)), names)
+    left.invert_yaxis()
+    left.set_xlabel("Frechet distance, excess over the 25-step teacher")
+    right.set(xlabel="iteration of the stage", ylabel="excess", yscale="log")
+    right.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(config.out / "table.png", dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    config = tyro.cli(TableConfig, config=(tyro.conf.OmitArgPrefixes,))
+    unknown = set(config.rows) - {row.key for row in ROWS}
+    if unknown:
+        raise SystemExit(
+            f"rows: {sorted(unknown)} are unknown, accepted are {', '.join(r.key for r in ROWS)}"
+        )
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
+    _record(config)
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(config.jobs, context) as pool,
+        tqdm(total=len([*_runs(config)]), desc="table") as bar,
+    ):
+        for gan in (False, True):
+            waiting = [
+                pool.submit(_train, config, row, seed) for row, seed in _runs(config) if row.gan == gan
+            ]
+            for done in as_completed(waiting):
+                done.result()
+                bar.update()
+    result = _collect(config)
+    write_json(config.out / "table.json", result)
+    write_text(config.out / "table.md", _markdown(result))
+    _pictures(config, result)
+    print(_markdown(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The table: every published row is in it, what is there is not made again, and means are over seeds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+from ard.costs import PUBLISHED
+from ard.evaluation import EvaluateConfig, evaluate
+from benchmarks import fashion_table
+from benchmarks.fashion_table import ROWS, TableConfig, _collect, _markdown, main
+
+
+def test_every_published_student_is_a_row() -> None:
+    """By steps, history (some or all layers), mask and cost; and beside them the two with a discriminator."""
+    layers = {0: 0, 6: 2, 28: 8}
+    published = {
+        (p.steps, layers[p.history_layers], p.mask, p.gmacs)
+        for p in PUBLISHED
+        if p.history_layers is not None
+    }
+    rows = {(r.steps, r.history_layers, r.mask, r.published[3]) for r in ROWS if r.published and not r.gan}
+    assert rows == published
+    assert [r.published[0] for r in ROWS if r.gan and r.published] == [3.84, 1.84]
+    assert len({row.key for row in ROWS}) == len(ROWS)
+    assert all(r.claim for r in ROWS if r.gan)
+
+
+def test_a_small_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = (
+        f"fashion_table --out {tmp_path} --iterations 2 --samples 8 --held-out 8 --batch-size 4 --seeds 2 "
+        "--rows s1-n0 s4-n2-causal --jobs 1 --points 2"
+    )
+    monkeypatch.setattr(sys, "argv", command.split())
+    main()
+    result = json.loads((tmp_path / "table.json").read_text())
+    teacher, students = result["rows"][:2], result["rows"][2:]
+    assert [row["name"] for row in teacher] == ["teacher, 250 steps", "teacher, 25 steps"]
+    assert teacher[0]["mmac"] == pytest.approx(10 * teacher[1]["mmac"])
+    assert [(row["key"], len(row["seeds"])) for row in students] == [("s1-n0", 1), ("s4-n2-causal", 2)]
+    # Reports are those of `ard evaluate`, at the end and on the way.
+    folder = tmp_path / "s4-n2-causal" / "seed-1"
+    report = evaluate(EvaluateConfig(folder / "student", tmp_path / "held-out", tmp_path / "again"))
+    assert students[1]["seeds"][1]["frechet"] == pytest.approx(report["student"]["frechet"], rel=1e-5)
+    assert students[1]["seeds"][1]["errors"] == pytest.approx(report["errors"], rel=1e-5)
+    assert [point["step"] for point in students[1]["curves"][1]] == [1, 2]
+    assert students[1]["curves"][0] != students[1]["curves"][1], "two seeds are two trainings"
+    distances = [seed["frechet"] for seed in students[1]["seeds"]]
+    wanted = f"{statistics.mean(distances):.2f} ± {statistics.stdev(distances):.2f}"
+    assert f"| ARD, some layers | 4 | 2 | {wanted} |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "table.png").stat().st_size > 1000
+    assert wanted in capsys.readouterr().out
+
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    monkeypatch.setattr(sys, "argv", command.replace("--seeds 2", "--seeds 1").split())
+    main()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == files
+
+
+def test_a_table_of_nothing_holds_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TableConfig(tmp_path)
+    monkeypatch.setattr(fashion_table, "_teacher_metrics", lambda *_: {
+        "frechet": 1.0, "precision": 0.5, "recall": 0.5, "consistency": 0.5})  # fmt: skip
+    monkeypatch.setattr(fashion_table, "_seconds", lambda *_: {})
+    text = _markdown(_collect(config))
+    assert [line.split("|")[1].strip() for line in text.splitlines()[2:]] == [
+        "teacher, 250 steps", "teacher, 25 steps"]  # fmt: skip
+
+
+def test_unknown_rows_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", f"fashion_table --out {tmp_path} --rows s9-n9".split())
+    with pytest.raises(SystemExit, match=r"\['s9-n9'\] are unknown, accepted are s1-n0, s2-n0"):
+        main()
+    assert not [*tmp_path.iterdir()]
