@@ -38,7 +38,7 @@ demo: $(VENV)/.installed
 	$(BIN)/ard demo $(ARGS)
 
 test: $(VENV)/.developer
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.developer
 	$(BIN)/python -m pytest -m slow $(ARGS)

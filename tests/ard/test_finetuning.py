@@ -254,7 +254,7 @@ def _finetune(
     ]  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-m", "ard", "finetune", *map(str, words)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
@@ -264,10 +264,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(config: FinetuneConfig, tmp_pat
     """SIGKILL in the warm-up, and after it: weights of both players, averages, moments, order, noise."""
     o = replace(_SHORT, iterations=24, checkpoint_every=1, keep_checkpoints=1, sample_every=8)
     changed = replace(config, gan_warmup=8, discriminator_time="random", optimisation=o)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     finetune(replace(changed, out=tmp_path / "whole"))
-    torch.set_num_threads(threads)
     out = tmp_path / "killed"
     for reach in (3, 12):
         process = _finetune(changed, out, "--discriminator-time", "random")

@@ -21,6 +21,7 @@ from torch import nn
 
 from ard.checkpoints import load_student, load_teacher, read_tensors, write_tensors
 from ard.data import Stream, index_noise, index_uniform, shuffled
+from ard.diffusion import Schedule
 from ard.losses import trajectory_loss
 from ard.models import ARDTransformer
 from ard.runs import Run
@@ -38,7 +39,7 @@ from ard.training import (
     learning_rate,
     train_teacher,
 )
-from ard.trajectories import RecordConfig, TrajectoryStore
+from ard.trajectories import RecordConfig, TrajectoryStore, record
 
 _SHORT = Optimisation(
     iterations=6, batch_size=8, lr=1e-3, ema=0.9, precision="no", log_every=2, checkpoint_every=3,
@@ -310,6 +311,63 @@ def test_a_rollout_trains_on_the_own_states(recording: RecordConfig, tmp_path: P
         assert _log(tmp_path / name)[0]["loss"] == pytest.approx(float(loss), rel=1e-5)
         assert _log(tmp_path / name)[0]["terms"] == pytest.approx(terms.tolist(), rel=1e-5)
     assert _log(tmp_path / "own")[0]["loss"] != pytest.approx(_log(tmp_path / "teacher")[0]["loss"], rel=1e-3)
+
+
+def test_a_live_teacher_makes_what_it_would_have_recorded(recording: RecordConfig, tmp_path: Path) -> None:
+    """Without trajectories, step n trains on samples n B to (n+1) B of a recording that never ends."""
+    o = replace(_SHORT, iterations=2, log_every=1)
+    live = replace(
+        _config(recording, tmp_path / "live", o, guidance=2.0, solver="heun", solver_steps=4),
+        trajectories=None,
+    )
+    distill(live)
+    stored = replace(recording, out=tmp_path / "store", samples=16, solver="heun", solver_steps=4,
+                     guidance=2.0, dtype="float32", keep="all")  # fmt: skip
+    record(stored)
+    store = TrajectoryStore(stored.out)
+    grid = store.grid(4)
+    student = ARDTransformer.from_teacher(load_teacher(recording.teacher)[0], 4, 2)
+    states, labels = store.states(torch.arange(8), grid, "x0")
+    with torch.no_grad():
+        loss, _ = trajectory_loss(student(states[:, :-1], labels), states)
+    log = _log(tmp_path / "live")
+    assert log[0]["loss"] == pytest.approx(float(loss), rel=1e-4)
+    weights = read_tensors(tmp_path / "live" / "checkpoints" / "step-00000002" / "model.safetensors")
+    _, trained = load_student(tmp_path / "live" / "student")
+    assert (trained["solver"], trained["solver_steps"], trained["guidance"]) == ("heun", 4, 2.0)
+    assert trained["samples"] is None
+    # Once more from the first checkpoint: the second step sees the same samples again.
+    shutil.rmtree(tmp_path / "live" / "student")
+    again = replace(live, optimisation=replace(o, checkpoint_every=1), out=tmp_path / "again")
+    distill(again)
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000002")
+    distill(again)
+    for name, value in read_tensors(
+        tmp_path / "again" / "checkpoints" / "step-00000002" / "model.safetensors"
+    ).items():
+        assert torch.equal(value, weights[name]), name
+
+
+@pytest.mark.parametrize(("schedule", "scale"), [("flow-to-noise", 1000.0), ("flow-to-data", 1.0)])
+def test_a_flow_teacher_is_trained_and_distilled(tmp_path: Path, schedule: Schedule, scale: float) -> None:
+    """Its student is conditioned on times of the teacher's own scale and direction."""
+    o = replace(_SHORT, iterations=60, batch_size=16, log_every=1, checkpoint_every=60, lr=3e-3)
+    train_teacher(
+        TrainTeacherConfig(tmp_path / "run", "digits", width=32, depth=2, heads=2, noise_schedule=schedule,
+                           prediction="velocity", time_scale=scale, optimisation=o)
+    )  # fmt: skip
+    losses = [line["loss"] for line in _log(tmp_path / "run")]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    AcceleratorState._reset_state()
+    config = DistillConfig(
+        tmp_path / "run" / "teacher", tmp_path / "student", solver_steps=4, history_layers=1,
+        optimisation=replace(_SHORT, iterations=1),
+    )  # fmt: skip
+    distill(config)
+    student, trained = load_student(tmp_path / "student" / "student")
+    wanted = [1000.0, 750.0, 500.0, 250.0] if schedule == "flow-to-noise" else [0.0, 0.25, 0.5, 0.75]
+    assert student.times.tolist() == wanted
+    assert trained["diffusion"]["schedule"] == schedule
 
 
 @pytest.mark.parametrize(
