@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ard.checkpoints import read_json, sha256
 from ard.data import ImageFolder, LatentStore, Stream, index_noise
@@ -96,20 +95,8 @@ def encode(config: EncodeConfig) -> None:
             )
         return {"latents": stored.unflatten(0, (-1, 2)).cpu(), "labels": labels}
 
-    rank, world = worker()
-    own = range(rank, len(shards), world)
-    total = sum(len(shards.range(shard)) for shard in own)
-    with tqdm(total=total, desc="encode", unit="image", disable=rank > 0, mininterval=1.0) as bar:
-        for shard in own:
-            if shards.problem(shard) is None:
-                bar.update(len(shards.range(shard)))
-                continue
-            parts = []
-            for indices in torch.tensor(shards.range(shard)).split(config.batch_size):
-                parts.append(latents(indices))
-                bar.update(len(indices))
-            shards.write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-    if rank == 0:
+    shards.fill(latents, config.batch_size, "image")
+    if worker()[0] == 0:
         print(f"latents: {config.out} ({len(images)} images of {images.num_classes} classes)")
 
 

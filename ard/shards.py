@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from ard.checkpoints import read_json, sha256, write_json, write_tensors, write_text
 
@@ -92,6 +93,28 @@ class Shards:
         path = self.path(shard)
         write_tensors(path, tensors, {_LABEL: self._label(shard)})
         write_text(path.with_suffix(".sha256"), sha256(path) + "\n")
+
+    def fill(self, make: Callable[[Tensor], Mapping[str, Tensor]], batch: int, unit: str) -> None:
+        """Write this process's share of the shards, but for those that are there whole. Progress bar.
+
+        Args:
+            make: (n,) indices of samples, n at most `batch` -> their tensors.
+            unit: what a sample is called.
+        """
+        rank, world = worker()
+        own = range(rank, len(self), world)
+        total = sum(len(self.range(shard)) for shard in own)
+        bar = tqdm(total=total, desc=self.command, unit=unit, disable=rank > 0, mininterval=1.0)
+        with bar:
+            for shard in own:
+                if self.problem(shard) is None:
+                    bar.update(len(self.range(shard)))
+                    continue
+                parts = []
+                for indices in torch.tensor(self.range(shard)).split(batch):
+                    parts.append(make(indices))
+                    bar.update(len(indices))
+                self.write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     def problem(self, shard: int) -> str | None:
         """What is wrong with a shard, if anything. All its bytes are read."""

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ard.checkpoints import WEIGHTS, load_teacher, sha256
 from ard.data import index_noise
@@ -145,20 +144,8 @@ def record(config: RecordConfig) -> None:
     kept = _kept(config)
     manifest = maker.manifest(kept, samples=config.samples, shard_size=config.shard_size)
     shards = Shards.begin(config.out, "record", manifest)
-    rank, world = worker()
-    own = range(rank, len(shards), world)
-    total = sum(len(shards.range(shard)) for shard in own)
-    with tqdm(total=total, desc="record", unit="sample", disable=rank > 0, mininterval=1.0) as bar:
-        for shard in own:
-            if shards.problem(shard) is None:
-                bar.update(len(shards.range(shard)))
-                continue
-            parts = []
-            for some in torch.tensor(shards.range(shard)).split(config.batch_size):
-                parts.append(maker.make(some, kept))
-                bar.update(len(some))
-            shards.write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-    if rank == 0:
+    shards.fill(lambda indices: maker.make(indices, kept), config.batch_size, "sample")
+    if worker()[0] == 0:
         print(f"trajectories: {config.out} ({config.samples} samples)")
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,10 @@ from common import RESULTS, ROOT, environment, medians, write_json
 import ard_kernels
 from ard_kernels import BlockLayout, block_attention, reference, use_backend
 from ard_kernels.layout import MASKS, Mask
+from benchmarks.suite.attention import Shape
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-
-@dataclass(frozen=True)
-class Shape:
-    """B samples of S blocks of L tokens, H heads of Dh."""
-
-    batch: int
-    blocks: int
-    length: int
-    heads: int
-    dim: int
-
-    def __str__(self) -> str:
-        return f"B{self.batch} S{self.blocks} L{self.length} H{self.heads} Dh{self.dim}"
-
 
 # DiT-S/2-like and DiT-XL/2 at 256 px; the GPU gets the batch of a training step.
 SHAPES = {

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from damage import DAMAGES, damage
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -207,38 +208,12 @@ def test_what_could_change_a_bit_is_part_of_the_store(config: EncodeConfig, tmp_
     assert _files(copy.out) == before
 
 
-def _damage(config: EncodeConfig, folder: Path, name: str, other: EncodeConfig) -> tuple[EncodeConfig, str]:
-    """A copy whose second shard is damaged, and what must be said about it."""
-    copy = _copy(config, folder)
-    shard = copy.out / "shard-000001.safetensors"
-    data = bytearray(shard.read_bytes())
-    if name == "truncated":
-        shard.write_bytes(data[: len(data) // 2])
-        return copy, "shard-000001.safetensors: truncated"
-    if name == "bit-flipped":
-        data[len(data) // 2] ^= 1
-        shard.write_bytes(data)
-        return copy, "shard-000001.safetensors: corrupt, its bytes do not match shard-000001.sha256"
-    if name == "foreign":
-        for suffix in (".safetensors", ".sha256"):
-            shutil.copy((other.out / shard.name).with_suffix(suffix), shard.with_suffix(suffix))
-        return copy, "shard-000001.safetensors: belongs to another recording or place"
-    if name == "misplaced":
-        for suffix in (".safetensors", ".sha256"):
-            shutil.copy((copy.out / "shard-000000.x").with_suffix(suffix), shard.with_suffix(suffix))
-        return copy, "it holds samples from 0 on of manifest"
-    if name == "unchecked":
-        shard.with_suffix(".sha256").unlink()
-        return copy, "shard-000001.safetensors: shard-000001.sha256 is missing"
-    shard.unlink()
-    return copy, "1 shards are missing, first shard-000001.safetensors"
-
-
-@pytest.mark.parametrize("name", ["truncated", "bit-flipped", "foreign", "misplaced", "unchecked", "missing"])
+@pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_named_and_repaired(
     config: EncodeConfig, other: EncodeConfig, tmp_path: Path, name: str
 ) -> None:
-    copy, message = _damage(config, tmp_path, name, other)
+    copy = _copy(config, tmp_path)
+    message = damage(copy.out, name, other.out)
     with pytest.raises(ValueError, match="run the same `ard encode` again") as caught:
         LatentStore(copy.out).fetch(torch.arange(8), torch.zeros(8, dtype=torch.bool))
     assert message in str(caught.value)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import DAMAGES, damage
 from safetensors.torch import load_file
 from tiny import tiny_teacher
 from torch import Tensor
@@ -131,33 +132,6 @@ def test_batches_and_dtype_are_part_of_the_recording(recording: RecordConfig, tm
     assert _files(copy) == before
 
 
-def _damaged(recording: RecordConfig, folder: Path, name: str, other: RecordConfig) -> tuple[Path, str]:
-    """A copy whose second shard is damaged, and what must be said about it."""
-    copy = _copy(recording, folder)
-    shard = copy / "shard-000001.safetensors"
-    data = bytearray(shard.read_bytes())
-    if name == "truncated":
-        shard.write_bytes(data[: len(data) // 2])
-        return copy, "shard-000001.safetensors: truncated"
-    if name == "bit-flipped":
-        data[len(data) // 2] ^= 1
-        shard.write_bytes(data)
-        return copy, "shard-000001.safetensors: corrupt, its bytes do not match shard-000001.sha256"
-    if name == "foreign":
-        for suffix in (".safetensors", ".sha256"):
-            shutil.copy((other.out / shard.name).with_suffix(suffix), shard.with_suffix(suffix))
-        return copy, "shard-000001.safetensors: belongs to another recording or place"
-    if name == "misplaced":
-        for suffix in (".safetensors", ".sha256"):
-            shutil.copy((copy / "shard-000000.x").with_suffix(suffix), shard.with_suffix(suffix))
-        return copy, "it holds samples from 0 on of manifest"
-    if name == "unchecked":
-        shard.with_suffix(".sha256").unlink()
-        return copy, "shard-000001.safetensors: shard-000001.sha256 is missing"
-    shard.unlink()
-    return copy, "1 shards are missing, first shard-000001.safetensors"
-
-
 @pytest.fixture(scope="module")
 def other(recording: RecordConfig, tmp_path_factory: pytest.TempPathFactory) -> RecordConfig:
     config = replace(recording, out=tmp_path_factory.mktemp("other"), seed=1)
@@ -165,11 +139,12 @@ def other(recording: RecordConfig, tmp_path_factory: pytest.TempPathFactory) -> 
     return config
 
 
-@pytest.mark.parametrize("name", ["truncated", "bit-flipped", "foreign", "misplaced", "unchecked", "missing"])
+@pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_named_and_repaired(
     recording: RecordConfig, other: RecordConfig, tmp_path: Path, name: str
 ) -> None:
-    copy, message = _damaged(recording, tmp_path, name, other)
+    copy = _copy(recording, tmp_path)
+    message = damage(copy, name, other.out)
     with pytest.raises(ValueError, match="run the same `ard record` again") as caught:
         TrajectoryStore(copy).states(torch.arange(44), (25, 0), "x0")
     assert message in str(caught.value)
