@@ -64,8 +64,9 @@ class FinetuneConfig:
     """The time of --discriminator-time fixed."""
     discriminator_noise: bool = True
     """Add the noise of a fixed or random time. (The released code looks at t = 999, without noise.)"""
-    history: Literal["teacher", "own"] = "teacher"
-    """Whose states the judged result comes from: the teacher's (teacher forced) or the student's own."""
+    history: Literal["own", "teacher"] = "own"
+    """Whose states the judged result comes from: the student's own, as when sampling, or the teacher's
+    (teacher forced), as in the released code. docs/gan.md has the experiment."""
     gradient_steps: int = 1
     """With --history own: through how many of the last steps the adversarial gradient goes."""
     optimisation: Optimisation = field(default_factory=lambda: Optimisation(iterations=20_000, batch_size=48))

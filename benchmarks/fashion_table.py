@@ -112,12 +112,14 @@ class TableConfig:
     """Trajectories to train on."""
     held_out: int = 5000
     """Further trajectories, to evaluate on."""
-    gan_iterations: int = 4000
+    gan_iterations: int = 2000
     """Of the GAN stage."""
-    gan_warmup: int = 500
+    gan_warmup: int = 200
     """Of them, those in which only the discriminator learns."""
-    gan_ramp: int = 500
+    gan_ramp: int = 200
     """Of them, those after it in which the adversarial loss comes in."""
+    gan_weight: float = 3.0
+    """Factor on the adversarial loss, over the adaptive weight (10 in the paper; docs/gan.md)."""
     seeds: int = 3
     """Of the rows that carry a claim; the others have one."""
     rows: tuple[str, ...] = ()
@@ -125,7 +127,9 @@ class TableConfig:
     jobs: int = 2
     """Students trained side by side, with one thread each."""
     points: int = 4
-    """How often a regression is evaluated while it trains."""
+    """How often a student is evaluated while it trains."""
+    collect: bool = False
+    """Make nothing, write the table of what is finished."""
 
 
 def _runs(config: TableConfig) -> Iterator[tuple[Row, int]]:
@@ -146,7 +150,8 @@ def _optimisation(config: TableConfig, seed: int, gan: bool) -> Optimisation:
     return Optimisation(
         iterations=iterations, batch_size=config.batch_size, lr=1e-4 if gan else 1e-3,
         lr_schedule="constant" if gan else "cosine", warmup=0 if gan else 100, ema=0.998,
-        checkpoint_every=every, keep_checkpoints=config.points, sample_every=every, seed=seed,
+        compile=not gan, checkpoint_every=every, keep_checkpoints=config.points, sample_every=every,
+        seed=seed,
     )  # fmt: skip
 
 
@@ -162,7 +167,7 @@ def _train(config: TableConfig, row: Row, seed: int) -> None:
             finetune(
                 FinetuneConfig(
                     teacher, start, trajectories, "fashion-mnist", out, gan_warmup=config.gan_warmup,
-                    gan_ramp=config.gan_ramp, optimisation=o,
+                    gan_ramp=config.gan_ramp, gan_weight=config.gan_weight, optimisation=o,
                 )
             )  # fmt: skip
         else:
@@ -176,18 +181,16 @@ def _train(config: TableConfig, row: Row, seed: int) -> None:
     evaluate_checkpoints(out, config.out / "held-out")
 
 
-def _record(config: TableConfig) -> None:
-    teacher = ASSETS / "teacher"
-    for folder, count, seed, steps in (
-        ("trajectories", config.samples, 0, 25),
-        ("held-out", config.held_out, 1, 25),
-        ("held-out-250", config.held_out, 1, 250),
-    ):
-        keep: Any = "fifth" if steps == 25 else ()
-        record(
-            RecordConfig(teacher, config.out / folder, samples=count, solver_steps=steps, keep=keep,
-                         shard_size=max(100, -(-count // 8)), precision="bf16", seed=seed)
-        )  # fmt: skip
+def _record(config: TableConfig, folder: str) -> None:
+    count, seed = (config.samples, 0) if folder == "trajectories" else (config.held_out, 1)
+    reference = folder == "held-out-250"
+    record(
+        RecordConfig(
+            ASSETS / "teacher", config.out / folder, samples=count, solver_steps=250 if reference else 25,
+            keep=() if reference else "fifth", shard_size=-(-count // 4) if count > 400 else count,
+            precision="bf16", seed=seed,
+        )
+    )  # fmt: skip
 
 
 def _teacher_metrics(config: TableConfig, folder: str) -> dict[str, Any]:
@@ -224,6 +227,8 @@ def _collect(config: TableConfig) -> dict[str, Any]:
     folders = {"teacher, 250 steps": "held-out-250", "teacher, 25 steps": "held-out"}
     rows = []
     for name, (steps, published) in _TEACHERS.items():
+        if not (config.out / folders[name] / "manifest.json").exists():
+            continue
         own = {**_teacher_metrics(config, folders[name]), "errors": []}
         rows.append({"name": name, "key": folders[name], "steps": steps, "seeds": [own], "curves": [],
                      "mmac": 2 * steps * macs / 1e6, "published": published})  # fmt: skip
@@ -256,8 +261,14 @@ def _spread(values: list[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+def _base(result: dict[str, Any]) -> float:
+    """The 25-step teacher's Frechet distance."""
+    (own,) = (row["seeds"][0]["frechet"] for row in result["rows"] if row["key"] == "held-out")
+    return float(own)
+
+
 def _markdown(result: dict[str, Any]) -> str:
-    base = result["rows"][1]["seeds"][0]["frechet"]
+    base = _base(result)
     lines = [
         "| | S | seeds | Frechet | excess | consistency | precision | recall | MMAC | ms/sample "
         "| error, last step | published FID | precision | recall | GMAC |",
@@ -277,7 +288,7 @@ def _markdown(result: dict[str, Any]) -> str:
 
 
 def _pictures(config: TableConfig, result: dict[str, Any]) -> None:
-    rows, base = result["rows"][2:], result["rows"][1]["seeds"][0]["frechet"]
+    rows, base = [row for row in result["rows"] if row["curves"]], _base(result)
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.35 * len(rows) + 2))
     names = [f"{row['name']}, S = {row['steps']}" for row in rows]
     for i, row in enumerate(rows):
@@ -306,8 +317,19 @@ def main() -> None:
         raise SystemExit(
             f"rows: {sorted(unknown)} are unknown, accepted are {', '.join(r.key for r in ROWS)}"
         )
+    if not config.collect:
+        _make(config)
+    result = _collect(config)
+    write_json(config.out / "table.json", result)
+    write_text(config.out / "table.md", _markdown(result))
+    _pictures(config, result)
+    print(_markdown(result))
+
+
+def _make(config: TableConfig) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
-    _record(config)
+    _record(config, "trajectories")
+    _record(config, "held-out")
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(config.jobs, context) as pool,
@@ -320,11 +342,7 @@ def main() -> None:
             for done in as_completed(waiting):
                 done.result()
                 bar.update()
-    result = _collect(config)
-    write_json(config.out / "table.json", result)
-    write_text(config.out / "table.md", _markdown(result))
-    _pictures(config, result)
-    print(_markdown(result))
+    _record(config, "held-out-250")
 
 
 if __name__ == "__main__":

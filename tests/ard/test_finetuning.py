@@ -48,7 +48,14 @@ def regression(recording: RecordConfig, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def config(recording: RecordConfig, regression: Path) -> FinetuneConfig:
     return FinetuneConfig(
-        recording.teacher, regression, recording.out, "digits", Path(), gan_warmup=2, optimisation=_SHORT
+        recording.teacher,
+        regression,
+        recording.out,
+        "digits",
+        Path(),
+        gan_warmup=2,
+        history="teacher",
+        optimisation=_SHORT,
     )
 
 
@@ -247,7 +254,8 @@ def _finetune(
     o = config.optimisation
     words: list[object] = [
         "--teacher", config.teacher, "--regression", config.regression, "--trajectories", config.trajectories,
-        "--real", config.real, "--out", out, "--gan-warmup", config.gan_warmup, "--iterations", o.iterations,
+        "--real", config.real, "--history", config.history, "--out", out,
+        "--gan-warmup", config.gan_warmup, "--iterations", o.iterations,
         "--batch-size", o.batch_size, "--lr", o.lr, "--ema", o.ema, "--precision", o.precision, "--log-every",
         o.log_every, "--checkpoint-every", o.checkpoint_every, "--sample-every", o.sample_every,
         "--keep-checkpoints", o.keep_checkpoints, *options,
@@ -263,7 +271,7 @@ def _finetune(
 def test_a_killed_run_ends_as_if_it_had_not_been(config: FinetuneConfig, tmp_path: Path) -> None:
     """SIGKILL in the warm-up, and after it: weights of both players, averages, moments, order, noise."""
     o = replace(_SHORT, iterations=24, checkpoint_every=1, keep_checkpoints=1, sample_every=8)
-    changed = replace(config, gan_warmup=8, discriminator_time="random", optimisation=o)
+    changed = replace(config, gan_warmup=8, discriminator_time="random", history="own", optimisation=o)
     finetune(replace(changed, out=tmp_path / "whole"))
     out = tmp_path / "killed"
     for reach in (3, 12):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
+from variants import interpreted, normal, takes
 
 from ard_kernels import BlockLayout, adaln, gated_residual, gated_residual_adaln, reference
 
@@ -40,29 +41,14 @@ _UNITS = {torch.float64: 5.0, torch.float32: 3.0, torch.bfloat16: 1.5, torch.flo
 DTYPES = tuple(_UNITS)
 
 
-def _normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-    return x.to(torch.get_default_device(), dtype)
-
-
-def _takes(backend: str, dtype: torch.dtype) -> bool:
-    return backend != "triton" or dtype != torch.float64
-
-
 def _refused(backend: str, dtype: torch.dtype) -> bool:
     """Whether the backend does not take the dtype: then it says so, and has no result to test."""
-    if _takes(backend, dtype):
+    if takes(backend, dtype):
         return False
     x, table = torch.zeros(1, 1, 16, dtype=dtype), torch.zeros(1, 1, 16, dtype=dtype)
     with pytest.raises(ValueError, match=f"backend '{backend}' cannot be used: a tensor is {dtype}"):
         adaln(x, table, table, BlockLayout((1,)))
     return True
-
-
-def _interpreted(backend: str) -> bool:
-    """Then a row takes 5 ms, forward and backward, and tests take few."""
-    return backend == "triton" and torch.get_default_device().type == "cpu"
 
 
 def _inputs(
@@ -75,8 +61,8 @@ def _inputs(
     seed: int = 0,
 ) -> tuple[Tensor, ...]:
     """Activations, and tables that are slices of one packed (B, S, 6, D) as DiT makes them."""
-    packed = _normal(batch, layout.blocks, 6, width, dtype=table_dtype, seed=seed)
-    x, branch = _normal(2, batch, layout.total, width, dtype=dtype, seed=seed + 100)
+    packed = normal(batch, layout.blocks, 6, width, dtype=table_dtype, seed=seed)
+    x, branch = normal(2, batch, layout.total, width, dtype=dtype, seed=seed + 100)
     shift, scale, gate = packed.unbind(2)[:3]
     tensors = {"x": x, "branch": branch, "gate": gate, "shift": shift, "scale": scale}
     return tuple(tensors[label] for label in _TAKES[name])
@@ -87,7 +73,7 @@ def _run(operator: Callable[..., Any], inputs: Sequence[Tensor], layout: BlockLa
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = operator(*leaves, layout)
     outs = out if isinstance(out, tuple) else (out,)
-    douts = [_normal(*y.shape, dtype=torch.bfloat16, seed=200 + i).to(y.dtype) for i, y in enumerate(outs)]
+    douts = [normal(*y.shape, dtype=torch.bfloat16, seed=200 + i).to(y.dtype) for i, y in enumerate(outs)]
     return [*(y.detach() for y in outs), *torch.autograd.grad(outs, leaves, douts)]
 
 
@@ -131,8 +117,8 @@ def test_values_and_gradients(
     backend: str, assert_accurate: Callable[..., None], name: str, lengths: list[int], batch: int, width: int,
     dtype: torch.dtype, wide_tables: bool, seed: int,
 ) -> None:  # fmt: skip
-    assume(_takes(backend, dtype))
-    if _interpreted(backend):
+    assume(takes(backend, dtype))
+    if interpreted(backend):
         lengths, batch = [min(n, 12) for n in lengths[:2]], 1
     layout = BlockLayout(lengths)
     table_dtype = torch.promote_types(dtype, torch.float32) if wide_tables else dtype
@@ -210,9 +196,9 @@ def test_strides_do_not_matter(dtype: torch.dtype, layout: BlockLayout, name: st
 
 
 def test_gradient_reaches_the_packed_table() -> None:
-    packed = _normal(2, RAGGED.blocks, 6, 24).requires_grad_()
-    x = _normal(2, RAGGED.total, 24, seed=1)
-    dy = _normal(*x.shape, seed=2)
+    packed = normal(2, RAGGED.blocks, 6, 24).requires_grad_()
+    x = normal(2, RAGGED.total, 24, seed=1)
+    dy = normal(*x.shape, seed=2)
     shift, scale = packed.unbind(2)[3:5]
     (got,) = torch.autograd.grad(adaln(x, shift, scale, RAGGED), packed, dy)
     exact = torch.autograd.grad(
@@ -232,7 +218,7 @@ def test_one_of_two_outputs_used(assert_accurate: Callable[..., None], dtype: to
     def gradients(operator: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in inputs]
         out = operator(*leaves, RAGGED)[used]
-        dout = _normal(*out.shape, dtype=torch.bfloat16, seed=3).to(out.dtype)
+        dout = normal(*out.shape, dtype=torch.bfloat16, seed=3).to(out.dtype)
         grads = torch.autograd.grad(out, leaves, dout, allow_unused=True)
         return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves, grads, strict=True)]
 
@@ -282,7 +268,7 @@ def test_constant_rows_give_shift(backend: str, dtype: torch.dtype, constant: fl
 def test_rows_far_from_zero() -> None:
     """Mean 1000, deviation 1: one pass of E[x^2] - E[x]^2 in float32 would be off by 6 % of the variance."""
     shift, scale = torch.zeros(2, 1, RAGGED.blocks, 64)
-    x = 1000 + _normal(1, RAGGED.total, 64)
+    x = 1000 + normal(1, RAGGED.total, 64)
     exact = reference.adaln(x.double(), shift.double(), scale.double(), RAGGED)
     # The rounded mean alone moves x - mean by up to half a spacing of float32 at 1000.
     assert (adaln(x, shift, scale, RAGGED) - exact).abs().max() <= 2 * 1000 * torch.finfo(torch.float32).eps
@@ -292,7 +278,7 @@ def test_rows_far_from_zero() -> None:
 def test_rows_of_any_size(size: float) -> None:
     """Up to where the sum of squares overflows float32."""
     shift, scale = torch.zeros(2, 1, RAGGED.blocks, 64)
-    x = size * _normal(1, RAGGED.total, 64)
+    x = size * normal(1, RAGGED.total, 64)
     exact = reference.adaln(x.double(), shift.double(), scale.double(), RAGGED)
     assert (adaln(x, shift, scale, RAGGED) - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * 4
 
@@ -334,7 +320,7 @@ def test_an_empty_batch(layout: BlockLayout, name: str) -> None:
 def test_two_runs_are_bitwise_equal(backend: str, dtype: torch.dtype, name: str) -> None:
     if _refused(backend, dtype):
         return
-    layout = BlockLayout((20, 9) if _interpreted(backend) else (40, 64, 24))
+    layout = BlockLayout((20, 9) if interpreted(backend) else (40, 64, 24))
     inputs = _inputs(name, layout, 2, 72, dtype, dtype)
     first, second = _run(_OURS[name], inputs, layout), _run(_OURS[name], inputs, layout)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

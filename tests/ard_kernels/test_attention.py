@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from variants import interpreted, normal, takes
 
 from ard_kernels import BlockLayout, block_attention, cached_block_attention, reference
 from ard_kernels.layout import MASKS
@@ -27,24 +28,14 @@ Attention = Callable[..., Tensor]
 pytestmark = pytest.mark.usefixtures("backend")
 
 
-def _normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-    return x.to(torch.get_default_device(), dtype)
-
-
 def _batch(backend: str) -> tuple[int, int]:
     """Samples and heads: Triton's interpreter pays for every one."""
-    return (1, 1) if backend == "triton" and torch.get_default_device().type == "cpu" else (2, 2)
-
-
-def _takes(backend: str, dtype: torch.dtype) -> bool:
-    return backend != "triton" or dtype != torch.float64
+    return (1, 1) if interpreted(backend) else (2, 2)
 
 
 def _refused(backend: str, dtype: torch.dtype) -> bool:
     """Whether the backend does not take the dtype: then it says so, and has no result to test."""
-    if _takes(backend, dtype):
+    if takes(backend, dtype):
         return False
     x = torch.zeros(1, 1, 1, 16, dtype=dtype)
     with pytest.raises(ValueError, match=f"backend '{backend}' cannot be used: q is {dtype}"):
@@ -53,7 +44,7 @@ def _refused(backend: str, dtype: torch.dtype) -> bool:
 
 
 def _qkv(layout: BlockLayout, batch: int, heads: int, dim: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return _normal(batch, layout.total, 3, heads, dim, dtype=dtype, seed=seed)  # (B, T, 3, H, Dh)
+    return normal(batch, layout.total, 3, heads, dim, dtype=dtype, seed=seed)  # (B, T, 3, H, Dh)
 
 
 def _run(
@@ -69,7 +60,7 @@ def _check(
     assert_accurate: Callable[..., None], ours: Attention, meaning: Attention, inputs: tuple[Tensor, ...],
     *args: Any, **kwargs: Any,
 ) -> None:  # fmt: skip
-    dout = _normal(*inputs[0].shape, dtype=inputs[0].dtype, seed=1)
+    dout = normal(*inputs[0].shape, dtype=inputs[0].dtype, seed=1)
     got = _run(ours, inputs, dout, *args, **kwargs)
     exact = _run(meaning, tuple(x.double() for x in inputs), dout, *args, **kwargs)
     plain = _run(meaning, inputs, dout, *args, **kwargs)
@@ -89,7 +80,7 @@ def test_values_and_gradients(backend: str, assert_accurate: Callable[..., None]
         batch=st.integers(1, 2),
         heads=st.integers(1, 3),
         dim=st.sampled_from(range(16, 129, 8)),
-        dtype=st.sampled_from([dtype for dtype in DTYPES if _takes(backend, dtype)]),
+        dtype=st.sampled_from([dtype for dtype in DTYPES if takes(backend, dtype)]),
         scale=st.sampled_from((None, 0.3)),
         seed=st.integers(0, 9),
     )
@@ -164,7 +155,7 @@ def test_strides_do_not_matter(
 ) -> None:
     """Views of packed or transposed memory and a broadcast dout give the bits of contiguous tensors."""
     x = _qkv(layout, 2, 2, 24, dtype)
-    dout = _normal(1, layout.total, 2, 24, dtype=dtype, seed=1).expand(2, -1, -1, -1)
+    dout = normal(1, layout.total, 2, 24, dtype=dtype, seed=1).expand(2, -1, -1, -1)
     expected_out, *expected_grads = _run(
         block_attention, tuple(part.contiguous() for part in x.unbind(2)), dout.contiguous(), layout, mask
     )
@@ -183,7 +174,7 @@ def test_cached_values_and_gradients(backend: str, assert_accurate: Callable[...
     @given(
         lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
         dim=st.sampled_from(range(16, 129, 8)),
-        dtype=st.sampled_from([dtype for dtype in DTYPES if _takes(backend, dtype)]),
+        dtype=st.sampled_from([dtype for dtype in DTYPES if takes(backend, dtype)]),
         data=st.data(),
     )
     def check(lengths: list[int], dim: int, dtype: torch.dtype, data: st.DataObject) -> None:
@@ -214,7 +205,7 @@ def test_cached_is_the_rows_and_never_reads_hidden_ones(
         for cache in caches:
             cache[:, hidden] = float("nan")
         inputs = (q[:, layout.slice(s)], *caches)
-        dout = _normal(*inputs[0].shape, dtype=dtype, seed=1)
+        dout = normal(*inputs[0].shape, dtype=dtype, seed=1)
         out, dq, *dcaches = _run(cached_block_attention, inputs, dout, layout, s, mask)
         # Two orders of the same sum: each is within an epsilon of it.
         torch.testing.assert_close(
@@ -258,7 +249,7 @@ def test_two_runs_are_bitwise_equal(backend: str, dtype: torch.dtype, mask: str)
         return
     layout = BlockLayout((40, 64, 24))
     inputs = _qkv(layout, *_batch(backend), 72, dtype).unbind(2)
-    dout = _normal(*inputs[0].shape, dtype=dtype, seed=1)
+    dout = normal(*inputs[0].shape, dtype=dtype, seed=1)
     first = _run(block_attention, inputs, dout, layout, mask)
     second = _run(block_attention, inputs, dout, layout, mask)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -290,7 +281,7 @@ def test_compiles_without_graph_breaks(mask: str, layout: BlockLayout) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     inputs = _qkv(layout, 2, 2, 24, torch.float32).unbind(2)
-    dout = _normal(2, layout.total + layout.lengths[1], 2, 24, seed=1)
+    dout = normal(2, layout.total + layout.lengths[1], 2, 24, seed=1)
     for a, b in zip(_run(compiled, inputs, dout), _run(both, inputs, dout), strict=True):
         assert torch.equal(a, b)
 
@@ -298,7 +289,7 @@ def test_compiles_without_graph_breaks(mask: str, layout: BlockLayout) -> None:
 def test_autocast_casts_inputs() -> None:
     x = _qkv(RAGGED, 2, 2, 24, torch.float32)
     inputs = x.unbind(2)
-    dout = _normal(*inputs[0].shape, dtype=torch.bfloat16, seed=1)
+    dout = normal(*inputs[0].shape, dtype=torch.bfloat16, seed=1)
     cached = inputs[0][:, RAGGED.slice(2)], *inputs[1:]
     with torch.autocast("cpu", torch.bfloat16):
         got = _run(block_attention, inputs, dout, RAGGED, "causal")

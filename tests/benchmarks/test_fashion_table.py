@@ -65,6 +65,9 @@ def test_a_small_table(
 
 def test_a_table_of_nothing_holds_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = TableConfig(tmp_path)
+    for folder in ("held-out", "held-out-250"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "manifest.json").touch()
     monkeypatch.setattr(fashion_table, "_teacher_metrics", lambda *_: {
         "frechet": 1.0, "precision": 0.5, "recall": 0.5, "consistency": 0.5})  # fmt: skip
     monkeypatch.setattr(fashion_table, "_seconds", lambda *_: {})
