@@ -150,8 +150,7 @@ def _optimisation(config: TableConfig, seed: int, gan: bool) -> Optimisation:
     return Optimisation(
         iterations=iterations, batch_size=config.batch_size, lr=1e-4 if gan else 1e-3,
         lr_schedule="constant" if gan else "cosine", warmup=0 if gan else 100, ema=0.998,
-        compile=not gan, checkpoint_every=every, keep_checkpoints=config.points, sample_every=every,
-        seed=seed,
+        checkpoint_every=every, keep_checkpoints=config.points, sample_every=every, seed=seed,
     )  # fmt: skip
 
 
