@@ -18,12 +18,12 @@ def _info() -> int:
     for name, status in backends().items():
         print(f"{name:8}{'available' if status.available else 'absent':10}  {status.reason}")
     demanded = forced()
-    usable = backends()["triton"].available and torch.cuda.is_available()
-    print(
-        f"chosen: {demanded}, demanded by the environment"
-        if demanded
-        else f"chosen: {'triton' if usable else 'eager'} on cuda, eager elsewhere, by device, dtype and shape"
-    )
+    if demanded:
+        print(f"chosen: {demanded}, demanded by the environment")
+    else:
+        on_gpu = "triton" if backends()["triton"].available and torch.cuda.is_available() else "eager"
+        on_cpu = "native (float32, bfloat16)" if backends()["native"].available else "eager"
+        print(f"chosen: {on_gpu} on cuda, {on_cpu} on cpu, eager elsewhere and for other dtypes")
     return 0
 
 

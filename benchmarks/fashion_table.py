@@ -118,8 +118,8 @@ class TableConfig:
     """Of them, those in which only the discriminator learns."""
     gan_ramp: int = 200
     """Of them, those after it in which the adversarial loss comes in."""
-    gan_weight: float = 3.0
-    """Factor on the adversarial loss, over the adaptive weight (10 in the paper; docs/gan.md)."""
+    gan_weight: float = 10.0
+    """Factor on the adversarial loss, over the adaptive weight."""
     seeds: int = 3
     """Of the rows that carry a claim; the others have one."""
     rows: tuple[str, ...] = ()
@@ -150,7 +150,8 @@ def _optimisation(config: TableConfig, seed: int, gan: bool) -> Optimisation:
     return Optimisation(
         iterations=iterations, batch_size=config.batch_size, lr=1e-4 if gan else 1e-3,
         lr_schedule="constant" if gan else "cosine", warmup=0 if gan else 100, ema=0.998,
-        checkpoint_every=every, keep_checkpoints=config.points, sample_every=every, seed=seed,
+        compile=not gan, checkpoint_every=every, keep_checkpoints=config.points, sample_every=every,
+        seed=seed,
     )  # fmt: skip
 
 

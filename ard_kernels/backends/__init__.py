@@ -22,6 +22,7 @@ from torch import Tensor
 
 _ENVIRONMENT = "ARD_KERNELS_BACKEND"
 _OLDEST = (8, 0)  # compute capability: bf16 matrix instructions and asynchronous copies
+_PREFERRED = {"cpu": ("native", "eager"), "cuda": ("triton", "eager")}  # by device; eager elsewhere
 _forced: list[str] = []
 
 
@@ -37,9 +38,15 @@ def backends() -> dict[str, Status]:
     """Every backend by name, with whether it exists here and why the rest does not."""
     return {
         "eager": Status(True, "composed of PyTorch operators"),
-        "native": Status(False, "not part of this version: no compiled kernels (csrc)"),
+        "native": _native_status(),
         "triton": _triton_status(),
     }
+
+
+def _native_status() -> Status:
+    from ard_kernels.backends import native
+
+    return Status(native.C is not None, native.REASON)
 
 
 @functools.cache
@@ -59,8 +66,10 @@ def _triton_status() -> Status:
 
 
 def implementations(family: str) -> dict[str, ModuleType]:
-    """The modules of an operator family that can be imported here, the preferred one first."""
-    names = ["eager"] if importlib.util.find_spec("triton") is None else ["triton", "eager"]
+    """The modules of an operator family that can be imported here, the preferred ones first."""
+    names = (
+        ["native", "eager"] if importlib.util.find_spec("triton") is None else ["native", "triton", "eager"]
+    )
     return {name: importlib.import_module(f"ard_kernels.backends.{family}_{name}") for name in names}
 
 
@@ -113,7 +122,7 @@ def forced() -> str | None:
 
 
 def choose(where: str, modules: dict[str, ModuleType], *tensors: Tensor) -> str:
-    """The backend for these tensors: the one demanded, else on a GPU the first that takes them, else eager.
+    """The backend for these tensors: the one demanded, else the device's first that takes them.
 
     A demanded one that cannot take them is a ValueError; one passed over on a GPU is reported once, by name.
     """
@@ -123,13 +132,12 @@ def choose(where: str, modules: dict[str, ModuleType], *tensors: Tensor) -> str:
         if reason is not None:
             raise ValueError(f"{where}: backend {demanded!r} cannot be used: {reason}")
         return demanded
-    if tensors[0].device.type != "cuda":
-        return "eager"
-    for name, module in modules.items():
-        reason = module.supports(*tensors)
+    device = tensors[0].device.type
+    for name in _PREFERRED.get(device, ("eager",)):
+        reason = modules[name].supports(*tensors) if name in modules else "it is not installed"
         if reason is None:
             return name
-        if not torch.compiler.is_compiling():
+        if device == "cuda" and not torch.compiler.is_compiling():
             _report(f"{where}: backend {name!r} cannot be used, a slower one takes its place: {reason}")
     raise AssertionError("eager supports everything")
 

@@ -12,6 +12,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from ard_kernels import use_backend
+from ard_kernels.backends import native
 
 # The same examples in every run: a failure is a failure of the code, not of the day.
 settings.register_profile("ard_kernels", deadline=None, derandomize=True, max_examples=30)
@@ -74,8 +75,12 @@ _COMPILED = pytest.param("triton on cuda", marks=pytest.mark.gpu)
 
 @contextlib.contextmanager
 def _in_force(variant: str) -> Iterator[str]:
-    """A backend, and its device for new tensors."""
-    name, _, device = variant.partition(" on ")
+    """A backend, with its device for new tensors, or with the instruction set of the compiled kernels."""
+    backend, _, device = variant.partition(" on ")
+    name, _, instruction_set = backend.partition(" with ")
+    if instruction_set:
+        assert native.C is not None
+        native.C.use_instruction_set(instruction_set)
     precision = torch.get_float32_matmul_precision()
     torch.set_default_device(device or None)  # not "cpu", a mode that torch.compile must trace
     if name == "triton":
@@ -86,16 +91,44 @@ def _in_force(variant: str) -> Iterator[str]:
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.set_default_device(None)
+        if instruction_set:
+            native.C.use_instruction_set(native.C.instruction_sets()[0])
 
 
 @pytest.fixture(
     scope="module",
-    params=["eager", *_INTERPRETED, pytest.param("eager on cuda", marks=pytest.mark.gpu), _COMPILED],
+    params=[
+        "eager",
+        "native",
+        *_INTERPRETED,
+        pytest.param("eager on cuda", marks=pytest.mark.gpu),
+        _COMPILED,
+    ],
 )
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a module's tests once for every backend; tensors are made on its device."""
     with _in_force(request.param) as name:
         yield name
+
+
+# Where they were not built, the tests of "native" fail and say so.
+_INSTRUCTION_SETS = (
+    [] if native.C is None else [f"native with {name}" for name in native.C.instruction_sets()]
+)
+
+
+@pytest.fixture(scope="module", params=_INSTRUCTION_SETS)
+def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs a module's tests with the compiled kernels of every instruction set that this processor has."""
+    with _in_force(request.param):
+        yield
+
+
+@pytest.fixture(scope="module", params=[*_INSTRUCTION_SETS, *_INTERPRETED, _COMPILED])
+def fused(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs a module's tests with every backend that does not compose PyTorch's operators."""
+    with _in_force(request.param):
+        yield
 
 
 @pytest.fixture(scope="module", params=[*_INTERPRETED, _COMPILED])

@@ -14,9 +14,24 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 
 def takes(backend: str, dtype: torch.dtype) -> bool:
-    return backend != "triton" or dtype != torch.float64
+    return dtype not in {"triton": (torch.float64,), "native": (torch.float64, torch.float16)}.get(
+        backend, ()
+    )
 
 
 def interpreted(backend: str) -> bool:
     """Whether a backend runs in Triton's interpreter, which pays for every row."""
     return backend == "triton" and torch.get_default_device().type == "cpu"
+
+
+def packed_qkv(
+    tokens: int, dim: int, dtype: torch.dtype = torch.float32, heads: int = 1, seed: int = 0
+) -> Tensor:
+    """(1, tokens, 3, heads, dim)."""
+    return normal(1, tokens, 3, heads, dim, dtype=dtype, seed=seed)
+
+
+def gradients(out: Tensor, *leaves: Tensor) -> list[Tensor]:
+    """The output, and the leaves' gradients for a fixed one of the output."""
+    dout = torch.cos(torch.arange(out.numel(), device=out.device)).view(out.shape).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]

@@ -1,0 +1,236 @@
+// Gated residual, layer norm and modulation, forward and backward: one pass over memory each. A unit of work is up to
+// ROWS tokens of one block of one sample; a unit's sums for the table gradients are added up in a fixed order, so that
+// results do not depend on the number of threads.
+#pragma once
+
+#include <cmath>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace ard {
+namespace ARD_ISA {
+
+// Rows of a unit. 64 keep the partial sums of the table gradients below a tenth of the activations.
+constexpr std::int64_t ROWS = 64;
+
+template <class T>
+static inline vf get(const T* p, int n) {
+    return n == W ? load(p) : load(p, n);
+}
+
+template <class T>
+static inline void put(T* p, vf x, int n) {
+    n == W ? store(p, x) : store(p, x, n);
+}
+
+static inline vf only(vf x, int n) {
+    if (n == W) return x;
+    float full[W] = {};
+    store(full, x, n);
+    return load(full);
+}
+
+// f(first column, how many) over a row.
+template <class F>
+static inline void columns(std::int64_t width, const F& f) {
+    std::int64_t i = 0;
+    for (; i + W <= width; i += W) f(i, W);
+    if (i < width) f(i, static_cast<int>(width - i));
+}
+
+template <class T>
+static T* row_of(const Tensor& x, std::int64_t row, std::int64_t width) {
+    return x.data == nullptr ? nullptr : static_cast<T*>(x.data) + row * width;
+}
+
+// A table's row for a block, in float, plus a constant; zeros without a table.
+static void table_row(const Tensor& table, std::int64_t b, std::int64_t s, std::int64_t width, float plus, float* to) {
+    if (table.data == nullptr) {
+        std::memset(to, 0, width * sizeof(float));
+        return;
+    }
+    const std::int64_t offset = b * table.batch + s * table.token;
+    columns(width, [&](std::int64_t i, int n) {
+        const vf x = table.dtype == DType::f32 ? get(static_cast<const float*>(table.data) + offset + i, n)
+                                               : get(static_cast<const bf16*>(table.data) + offset + i, n);
+        put(to + i, x + plus, n);
+    });
+}
+
+struct Unit {
+    std::int64_t b, s, first, rows;  // first: token of the sample
+};
+
+// The units of a sample's blocks, in order: unit u of all.
+struct Units {
+    Layout layout;
+    Array<std::int64_t> starts;  // of a block's units
+
+    explicit Units(const Layout& l) : layout(l), starts(l.blocks + 1) {
+        starts.start[0] = 0;
+        for (std::int64_t s = 0; s < l.blocks; s++)
+            starts.start[s + 1] = starts.start[s] + (l.starts[s + 1] - l.starts[s] + ROWS - 1) / ROWS;
+    }
+
+    std::int64_t per_sample() const { return starts.start[layout.blocks]; }
+
+    Unit operator[](std::int64_t unit) const {
+        const std::int64_t b = unit / per_sample(), u = unit % per_sample();
+        std::int64_t low = 0, high = layout.blocks;  // starts.start[low] <= u < starts.start[high]
+        while (high - low > 1) {
+            const std::int64_t middle = (low + high) / 2;
+            (starts.start[middle] <= u ? low : high) = middle;
+        }
+        const std::int64_t first = layout.starts[low] + (u - starts.start[low]) * ROWS;
+        const std::int64_t rest = layout.starts[low + 1] - first;
+        return {b, low, first, rest < ROWS ? rest : ROWS};
+    }
+};
+
+template <class X, class Branch, class Y>
+static void forward_rows(const Adaln& a, const Unit& unit) {
+    const std::int64_t D = a.width, T = a.layout.total();
+    float* gate = static_cast<float*>(scratch(4 * D * sizeof(float)));
+    float *shift = gate + D, *scale = shift + D, *row = scale + D;
+    if (a.branch.data != nullptr) table_row(a.gate, unit.b, unit.s, D, 0.0f, gate);
+    if (a.y.data != nullptr) {
+        table_row(a.shift, unit.b, unit.s, D, 0.0f, shift);
+        table_row(a.scale, unit.b, unit.s, D, 1.0f, scale);
+    }
+    for (std::int64_t r = unit.b * T + unit.first, end = r + unit.rows; r < end; r++) {
+        const X* x = row_of<const X>(a.x, r, D);
+        const Branch* branch = row_of<const Branch>(a.branch, r, D);
+        X* residual = row_of<X>(a.residual, r, D);
+        vf total{};
+        if (branch != nullptr) {
+            columns(D, [&](std::int64_t i, int n) {
+                put(residual + i, get(x + i, n) + get(gate + i, n) * get(branch + i, n), n);
+                const vf kept = get(residual + i, n);  // as it is stored
+                put(row + i, kept, n);
+                total += kept;
+            });
+        } else {
+            columns(D, [&](std::int64_t i, int n) {
+                const vf kept = get(x + i, n);
+                put(row + i, kept, n);
+                total += kept;
+            });
+        }
+        Y* y = row_of<Y>(a.y, r, D);
+        if (y == nullptr) continue;
+        const float mean = sum(total) / D;
+        vf squares{};
+        columns(D, [&](std::int64_t i, int n) {
+            const vf d = only(get(row + i, n) - mean, n);
+            squares += d * d;
+        });
+        const float rstd = 1.0f / std::sqrt(sum(squares) / D + a.eps);
+        a.mean[r] = mean;
+        a.rstd[r] = rstd;
+        columns(D, [&](std::int64_t i, int n) {
+            put(y + i, (get(row + i, n) - mean) * rstd * get(scale + i, n) + get(shift + i, n), n);
+        });
+    }
+}
+
+// partial: sums over the unit's rows for gate, shift and scale, of width D each.
+template <class X, class Branch, class Y>
+static void backward_rows(const Adaln& a, const Unit& unit, float* partial) {
+    const std::int64_t D = a.width, T = a.layout.total();
+    float* gate = static_cast<float*>(scratch(2 * D * sizeof(float)));
+    float* scale = gate + D;
+    float *dgate = partial, *dshift = partial + D, *dscale = partial + 2 * D;
+    const bool norm = a.dy.data != nullptr, gated = a.branch.data != nullptr;
+    if (gated) table_row(a.gate, unit.b, unit.s, D, 0.0f, gate);
+    if (norm) table_row(a.scale, unit.b, unit.s, D, 1.0f, scale);
+    std::memset(partial, 0, 3 * D * sizeof(float));
+    for (std::int64_t r = unit.b * T + unit.first, end = r + unit.rows; r < end; r++) {
+        const X *x = row_of<const X>(a.x, r, D), *dx_in = row_of<const X>(a.dx_in, r, D);
+        const Y* dy = row_of<const Y>(a.dy, r, D);
+        const Branch* branch = row_of<const Branch>(a.branch, r, D);
+        X* dx = row_of<X>(a.dx, r, D);
+        Branch* dbranch = row_of<Branch>(a.dbranch, r, D);
+        float mean = 0, rstd = 0, first = 0, second = 0;
+        if (norm) {
+            mean = a.mean[r], rstd = a.rstd[r];
+            vf one{}, two{};
+            columns(D, [&](std::int64_t i, int n) {
+                const vf g = get(dy + i, n), normed = (get(x + i, n) - mean) * rstd, h = g * get(scale + i, n);
+                one += h;
+                two += h * normed;
+                put(dshift + i, get(dshift + i, n) + g, n);
+                put(dscale + i, get(dscale + i, n) + g * normed, n);
+            });
+            first = sum(one) / D, second = sum(two) / D;
+        }
+        columns(D, [&](std::int64_t i, int n) {
+            vf d{};
+            if (norm) {
+                const vf normed = (get(x + i, n) - mean) * rstd;
+                d = rstd * (get(dy + i, n) * get(scale + i, n) - first - normed * second);
+            }
+            if (dx_in != nullptr) d += get(dx_in + i, n);
+            if (dx != nullptr) put(dx + i, d, n);
+            if (gated) {
+                put(dbranch + i, d * get(gate + i, n), n);
+                put(dgate + i, get(dgate + i, n) + d * get(branch + i, n), n);
+            }
+        });
+    }
+}
+
+// A table gradient's row: the sum of its units' partial sums, in order.
+static void table_gradient(
+    const Tensor& to, const float* partial, std::int64_t units, std::int64_t row, std::int64_t width) {
+    if (to.data == nullptr) return;
+    columns(width, [&](std::int64_t i, int n) {
+        vf total{};
+        for (std::int64_t u = 0; u < units; u++) total += get(partial + 3 * u * width + i, n);
+        if (to.dtype == DType::f32)
+            put(static_cast<float*>(to.data) + row * width + i, total, n);
+        else
+            put(static_cast<bf16*>(to.data) + row * width + i, total, n);
+    });
+}
+
+// f(X{}, Branch{}, Y{}) with the types of the tensors.
+template <class F>
+static void typed(DType x, DType branch, DType y, const F& f) {
+    const auto with_y = [&](auto X, auto B) { y == DType::f32 ? f(X, B, float{}) : f(X, B, bf16{}); };
+    const auto with_branch = [&](auto X) { branch == DType::f32 ? with_y(X, float{}) : with_y(X, bf16{}); };
+    x == DType::f32 ? with_branch(float{}) : with_branch(bf16{});
+}
+
+static void adaln_forward(const Adaln& a, int threads) {
+    const Units units(a.layout);
+    parallel(threads, a.batch * units.per_sample(), [&](std::int64_t unit) {
+        typed(a.x.dtype, a.branch.dtype, a.y.dtype, [&](auto x, auto branch, auto y) {
+            forward_rows<decltype(x), decltype(branch), decltype(y)>(a, units[unit]);
+        });
+    });
+}
+
+static void adaln_backward(const Adaln& a, int threads) {
+    const Units units(a.layout);
+    const std::int64_t D = a.width, S = a.layout.blocks, count = a.batch * units.per_sample();
+    const Array<float> partial(count * 3 * D);
+    parallel(threads, count, [&](std::int64_t unit) {
+        typed(a.dx_in.data != nullptr ? a.dx_in.dtype : a.x.dtype, a.branch.dtype, a.dy.dtype,
+              [&](auto x, auto branch, auto y) {
+                  backward_rows<decltype(x), decltype(branch), decltype(y)>(
+                      a, units[unit], partial.start + unit * 3 * D);
+              });
+    });
+    parallel(threads, a.batch * S, [&](std::int64_t row) {
+        const std::int64_t b = row / S, s = row % S, many = units.starts.start[s + 1] - units.starts.start[s];
+        const float* from = partial.start + (b * units.per_sample() + units.starts.start[s]) * 3 * D;
+        table_gradient(a.dgate, from, many, row, D);
+        table_gradient(a.dshift, from + D, many, row, D);
+        table_gradient(a.dscale, from + 2 * D, many, row, D);
+    });
+}
+
+}  // namespace ARD_ISA
+}  // namespace ard

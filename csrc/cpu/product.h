@@ -1,0 +1,197 @@
+// Matrix products of tiles in a thread's memory.
+//
+// A factor is made of 32-bit words: floats, or pairs of bfloat16 that are neighbours along the summed dimension where
+// the processor multiplies those. Both go through the same code.
+#pragma once
+
+#include "simd.h"
+
+namespace ard {
+namespace ARD_ISA {
+
+struct Single {
+    typedef float word;
+    static constexpr int K = 1;  // summed elements of a word
+    static inline vf add_product(vf c, const float* a, vf b) { return c + *a * b; }
+};
+
+#ifdef __AVX512BF16__
+struct Pair {
+    typedef std::uint32_t word;
+    static constexpr int K = 2;
+    static inline vf add_product(vf c, const std::uint32_t* a, vf b) {
+        return bits<vf>(
+            _mm512_dpbf16_ps(bits<__m512>(c), bits<__m512bh>(_mm512_set1_epi32(*a)), bits<__m512bh>(b)));
+    }
+};
+#endif
+
+// c (rows, NV vectors) = or += a b: a (rows, depth) with any strides, b (depth, NV vectors) with rows `ldb` apart.
+template <class M, int MR, int NV>
+static inline void product_tile(
+    float* c, std::int64_t ldc, const typename M::word* a, std::int64_t row_a, std::int64_t depth_a,
+    const typename M::word* b, std::int64_t ldb, std::int64_t depth, bool add) {
+    vf sums[MR][NV];
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 16
+        for (int i = 0; i < NV; i++) sums[m][i] = add ? load(c + m * ldc + i * W) : vf{};
+    for (std::int64_t k = 0; k < depth; k++) {
+        vf row[NV];
+#pragma GCC unroll 16
+        for (int i = 0; i < NV; i++) std::memcpy(&row[i], b + k * ldb + i * W, sizeof(vf));
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; m++)
+#pragma GCC unroll 16
+            for (int i = 0; i < NV; i++)
+                sums[m][i] = M::add_product(sums[m][i], a + m * row_a + k * depth_a, row[i]);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 16
+        for (int i = 0; i < NV; i++) store(c + m * ldc + i * W, sums[m][i]);
+}
+
+// Rows worked on at once, so that their sums, a row of b and a broadcast fit the registers, and enough sums are under
+// way to hide an addition's latency.
+constexpr int rows_at_once(int vectors) {
+    return WIDE_FILE ? (vectors == 1 ? 12 : vectors == 2 ? 12 : vectors == 3 ? 8 : vectors == 4 ? 6 : 5)
+                     : (vectors == 1 ? 8 : 4);
+}
+
+constexpr int MOST_VECTORS = WIDE_FILE ? 5 : 3;
+
+template <class M, int NV>
+static void product_rows(
+    float* c, std::int64_t ldc, const typename M::word* a, std::int64_t row_a, std::int64_t depth_a,
+    const typename M::word* b, std::int64_t ldb, std::int64_t depth, std::int64_t rows, bool add) {
+    constexpr int MR = rows_at_once(NV);
+    std::int64_t m = 0;
+    for (; m + MR <= rows; m += MR)
+        product_tile<M, MR, NV>(c + m * ldc, ldc, a + m * row_a, row_a, depth_a, b, ldb, depth, add);
+    for (; MR > 4 && m + 4 <= rows; m += 4)
+        product_tile<M, 4, NV>(c + m * ldc, ldc, a + m * row_a, row_a, depth_a, b, ldb, depth, add);
+    for (; m + 2 <= rows; m += 2)
+        product_tile<M, 2, NV>(c + m * ldc, ldc, a + m * row_a, row_a, depth_a, b, ldb, depth, add);
+    if (m < rows)
+        product_tile<M, 1, NV>(c + m * ldc, ldc, a + m * row_a, row_a, depth_a, b, ldb, depth, add);
+}
+
+// c (rows, vectors * W) = or += a b.
+template <class M>
+static void product(
+    float* c, std::int64_t ldc, const typename M::word* a, std::int64_t row_a, std::int64_t depth_a,
+    const typename M::word* b, std::int64_t ldb, std::int64_t depth, std::int64_t rows, std::int64_t vectors,
+    bool add) {
+    // In parts of about the same width.
+    for (std::int64_t parts = (vectors + MOST_VECTORS - 1) / MOST_VECTORS; parts > 0; parts--) {
+        const std::int64_t now = (vectors + parts - 1) / parts;
+        const auto call = [&](auto f) { f(c, ldc, a, row_a, depth_a, b, ldb, depth, rows, add); };
+        switch (now) {
+            case 1: call(product_rows<M, 1>); break;
+            case 2: call(product_rows<M, 2>); break;
+            case 3: call(product_rows<M, 3>); break;
+#if defined(__AVX512F__)
+            case 4: call(product_rows<M, 4>); break;
+            case 5: call(product_rows<M, 5>); break;
+#endif
+        }
+        c += now * W, b += now * W, vectors -= now;
+    }
+}
+
+// What a word is made of.
+template <class Word>
+struct ElementOf {
+    typedef bf16 type;
+};
+template <>
+struct ElementOf<float> {
+    typedef float type;
+};
+template <class Word>
+using Element = typename ElementOf<Word>::type;
+
+static inline float wide(float x) { return x; }
+static inline float wide(bf16 x) { return bits<float>(static_cast<std::uint32_t>(x.bits) << 16); }
+
+// x (rows, width) as the left factor, summed over the columns: (rows, words), zeros after the last.
+static inline void left(float* to, std::int64_t words, const float* x, std::int64_t stride, std::int64_t rows, std::int64_t width) {
+    for (std::int64_t r = 0; r < rows; r++)
+        for (std::int64_t i = 0; i < words; i++) to[r * words + i] = i < width ? x[r * stride + i] : 0.0f;
+}
+
+static inline void left(float* to, std::int64_t words, const bf16* x, std::int64_t stride, std::int64_t rows, std::int64_t width) {
+    for (std::int64_t r = 0; r < rows; r++)
+        for (std::int64_t i = 0; i < words; i++) to[r * words + i] = i < width ? wide(x[r * stride + i]) : 0.0f;
+}
+
+static inline void left(std::uint32_t* to, std::int64_t words, const bf16* x, std::int64_t stride, std::int64_t rows, std::int64_t width) {
+    const std::int64_t whole = width / (2 * W) * W;  // words in whole vectors
+    for (std::int64_t r = 0; r < rows; r++) {
+        for (std::int64_t i = 0; i < whole; i += W) std::memcpy(to + r * words + i, x + r * stride + 2 * i, sizeof(vu));
+        if (whole == words) continue;
+        to[r * words + words - 1] = 0;
+        std::memcpy(to + r * words + whole, x + r * stride + 2 * whole, (width - 2 * whole) * sizeof(bf16));
+    }
+}
+
+// x (rows, width) as the right factor, summed over the rows: (rows / K, ld), zeros where x ends.
+template <class T>
+static inline void right(float* to, std::int64_t ld, const T* x, std::int64_t stride, std::int64_t rows, std::int64_t width) {
+    for (std::int64_t r = 0; r < rows; r++)
+        for (std::int64_t i = 0; i < ld; i += W) {
+            const std::int64_t n = width - i;
+            store(to + r * ld + i, n >= W ? load(x + r * stride + i) : n > 0 ? load(x + r * stride + i, static_cast<int>(n)) : vf{});
+        }
+}
+
+#ifdef __AVX512BF16__
+static inline void right(std::uint32_t* to, std::int64_t ld, const bf16* x, std::int64_t stride, std::int64_t rows, std::int64_t width) {
+    for (std::int64_t r = 0; r < rows; r += 2)
+        for (std::int64_t i = 0; i < ld; i += W) {
+            const std::int64_t n = width - i;
+            const auto row = [&](std::int64_t which) {
+                const bf16* p = x + which * stride + i;
+                return bits<vu>(n >= W ? load(p) : n > 0 ? load(p, static_cast<int>(n)) : vf{});
+            };
+            const vu pair = row(r) >> 16 | (r + 1 < rows ? row(r + 1) : vu{});
+            std::memcpy(to + r / 2 * ld + i, &pair, sizeof pair);
+        }
+}
+#endif
+
+// A vector of words.
+template <class Word, class T>
+static inline vu words_of(const T* x) {
+    if (sizeof(Word) / sizeof(Element<Word>) == 1) return bits<vu>(load(x));
+    vu y;
+    std::memcpy(&y, x, sizeof y);
+    return y;
+}
+
+// x (rows, width) transposed as the right factor, summed over the columns of x: (words, ld), zeros where x ends.
+template <class Word, class T>
+static inline void right_transposed(Word* to, std::int64_t ld, std::int64_t words, const T* x, std::int64_t stride, std::int64_t rows, std::int64_t width) {
+    for (std::int64_t first = 0; first < rows; first += W)
+        for (std::int64_t i = 0; i < words; i += W) {
+            constexpr std::int64_t K = sizeof(Word) / sizeof(Element<Word>);
+            const std::int64_t many = rows - first < W ? rows - first : W, part = words - i < W ? words - i : W;
+            const std::int64_t columns = width - i * K < part * K ? width - i * K : part * K;
+            vu square[W];
+            if (many == W && columns == W * K) {
+#pragma GCC unroll 16
+                for (int r = 0; r < W; r++) square[r] = words_of<Word>(x + (first + r) * stride + i * K);
+            } else {
+                Word partial[W * W] = {};
+                for (std::int64_t r = 0; r < many; r++)
+                    left(partial + r * W, part, x + (first + r) * stride + i * K, 0, 1, columns);
+                std::memcpy(square, partial, sizeof square);
+            }
+            transpose(square);
+            for (std::int64_t k = 0; k < part; k++) std::memcpy(to + (i + k) * ld + first, &square[k], sizeof(vu));
+        }
+}
+
+}  // namespace ARD_ISA
+}  // namespace ard

@@ -1,0 +1,115 @@
+// ard_kernels._C: pointers, strides and numbers in, results written through pointers. Who calls checks and owns.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+
+namespace ard {
+#define ARD_DECLARE(isa) namespace isa { extern const Kernels kernels; }
+ARD_DECLARE(portable)
+#ifdef ARD_X86
+ARD_DECLARE(avx2)
+ARD_DECLARE(avx512)
+ARD_DECLARE(avx512_bf16)
+#endif
+
+namespace {
+
+// The best first, those that this processor can run.
+std::vector<const Kernels*> usable() {
+    std::vector<const Kernels*> found;
+#ifdef ARD_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::kernels);
+    if (avx512) found.push_back(&avx512::kernels);
+    if (avx2) found.push_back(&avx2::kernels);
+#endif
+    found.push_back(&portable::kernels);
+    return found;
+}
+
+const Kernels* chosen = usable().front();
+
+// (address, is bfloat16, strides of batch, token and head), address 0: absent.
+using Given = std::tuple<std::uintptr_t, bool, std::int64_t, std::int64_t, std::int64_t>;
+
+Tensor tensor(const Given& given) {
+    Tensor x;
+    bool half;
+    std::uintptr_t address;
+    std::tie(address, half, x.batch, x.token, x.head) = given;
+    x.data = reinterpret_cast<void*>(address);
+    x.dtype = half ? DType::bf16 : DType::f32;
+    return x;
+}
+
+struct Blocks {
+    std::vector<std::int64_t> starts{0};
+    explicit Blocks(const std::vector<std::int64_t>& lengths) {
+        for (const std::int64_t n : lengths) starts.push_back(starts.back() + n);
+    }
+    Layout layout() const { return {static_cast<std::int64_t>(starts.size()) - 1, starts.data()}; }
+};
+
+void attention(
+    bool backward, std::int64_t batch, std::int64_t heads, std::int64_t dim, const std::vector<std::int64_t>& lengths,
+    int mask, float scale, std::int64_t block, const std::vector<Given>& tensors, std::uintptr_t lse, int threads) {
+    const Blocks blocks(lengths);
+    Attention a{batch, heads, dim, blocks.layout(), static_cast<Mask>(mask), scale, block, {}, {}, {}, {}, nullptr,
+                {}, {}, {}, {}};
+    Tensor* const slots[] = {&a.q, &a.k, &a.v, &a.out, &a.dout, &a.dq, &a.dk, &a.dv};
+    for (std::size_t i = 0; i < tensors.size() && i < 8; i++) *slots[i] = tensor(tensors[i]);
+    a.lse = reinterpret_cast<float*>(lse);
+    const py::gil_scoped_release unlocked;
+    (backward ? chosen->attention_backward : chosen->attention_forward)(a, threads);
+}
+
+void adaln(
+    bool backward, std::int64_t batch, std::int64_t width, const std::vector<std::int64_t>& lengths, float eps,
+    const std::vector<Given>& tensors, std::uintptr_t mean, std::uintptr_t rstd, int threads) {
+    const Blocks blocks(lengths);
+    Adaln a{batch, width, blocks.layout(), eps, {}, {}, {}, {}, {}, {}, {}, nullptr, nullptr,
+            {}, {}, {}, {}, {}, {}, {}};
+    Tensor* const slots[] = {&a.x, &a.branch, &a.gate, &a.shift, &a.scale, &a.residual, &a.y,
+                             &a.dy, &a.dx_in, &a.dx, &a.dbranch, &a.dgate, &a.dshift, &a.dscale};
+    for (std::size_t i = 0; i < tensors.size() && i < 14; i++) *slots[i] = tensor(tensors[i]);
+    a.mean = reinterpret_cast<float*>(mean);
+    a.rstd = reinterpret_cast<float*>(rstd);
+    const py::gil_scoped_release unlocked;
+    (backward ? chosen->adaln_backward : chosen->adaln_forward)(a, threads);
+}
+
+}  // namespace
+}  // namespace ard
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Compiled kernels of ard_kernels.";
+    m.def("attention", &ard::attention);
+    m.def("adaln", &ard::adaln);
+    m.def("threaded", &ard::threaded);
+    m.def("instruction_set", [] { return std::string(ard::chosen->name); });
+    m.def("instruction_sets", [] {
+        std::vector<std::string> names;
+        for (const ard::Kernels* kernels : ard::usable()) names.emplace_back(kernels->name);
+        return names;
+    });
+    m.def("use_instruction_set", [](const std::string& name) {
+        for (const ard::Kernels* kernels : ard::usable())
+            if (name == kernels->name) {
+                ard::chosen = kernels;
+                return;
+            }
+        throw std::invalid_argument("instruction set is '" + name + "', which is not among instruction_sets()");
+    });
+}

@@ -1,0 +1,96 @@
+"""Builds ard_kernels._C with CMake and ninja; everything else is in pyproject.toml.
+
+Without a C++ compiler the package is installed all the same, without compiled kernels, and
+`python -m ard_kernels` says why. ARD_KERNELS_NATIVE=off leaves them out, =on makes a failure an error.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+_ROOT = Path(__file__).parent.resolve()
+_CHOICES = ("auto", "on", "off")
+
+
+class _CMake(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        choice = os.environ.get("ARD_KERNELS_NATIVE", "auto")
+        if choice not in _CHOICES:
+            raise SystemExit(
+                f"environment variable ARD_KERNELS_NATIVE is {choice!r}, accepted are {', '.join(_CHOICES)}"
+            )
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        absent = target.parent / "_C.absent"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        absent.unlink(missing_ok=True)
+        try:
+            if choice == "off":
+                raise RuntimeError("switched off by ARD_KERNELS_NATIVE when the package was installed")
+            self._build(target)
+        except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            if choice == "on":
+                raise
+            reason = _one_line(error)
+            absent.write_text(reason + "\n")
+            print(f"ard_kernels: no compiled kernels: {reason}", file=sys.stderr)
+
+    def _build(self, target: Path) -> None:
+        import pybind11
+
+        # Of this Python, kept: a second installation compiles what has changed.
+        build = _ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build.mkdir(parents=True, exist_ok=True)
+        _run(
+            "cmake", "-G", "Ninja", "-S", _ROOT, "-B", build,
+            f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_MAKE_PROGRAM={_ninja()}",
+            f"-DARD_SANITIZE={os.environ.get('ARD_KERNELS_SANITIZE', '')}",
+        )  # fmt: skip
+        _run("cmake", "--build", build)
+        (built,) = build.glob("_C.*" + target.suffix)
+        self.copy_file(str(built), str(target))
+
+
+def _ninja() -> Path:
+    """Named anew every time: an isolated build has one of its own, in a folder that is gone afterwards."""
+    found = shutil.which("ninja")
+    if found is None:
+        raise RuntimeError("ninja is not there")
+    return Path(found)
+
+
+def _run(*command: object) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    sys.stdout.write(done.stdout)
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        raise RuntimeError(_reason(done.stdout + done.stderr) or f"{command[0]} ended with {done.returncode}")
+
+
+def _reason(log: str) -> str:
+    """What a build's log says first about why it failed."""
+    lines = [line.strip() for line in log.splitlines()]
+    for i, line in enumerate(lines):
+        if line.startswith("CMake Error"):
+            return " ".join(part for part in lines[i : i + 4] if part)
+        if "error:" in line:
+            return line
+    return ""
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename} is not there"
+    return " ".join(str(error).split())
+
+
+setup(ext_modules=[Extension("ard_kernels._C", sources=[])], cmdclass={"build_ext": _CMake})
