@@ -1,0 +1,169 @@
+"""The compiled CPU kernels against PyTorch's own ways to the same result.
+
+    python -m benchmarks.cpu
+
+Attention, forward and backward, against scaled_dot_product_attention, plain matmuls and the eager backend;
+gated residual + adaLN against the eager backend and torch.compile of the composition. Candidates alternate in
+one process. Beside each time: useful GFLOP/s or GB/s, and the share of what this machine reaches in a large
+matrix product of that dtype or in a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ard_kernels import BlockLayout, block_attention, gated_residual_adaln, reference, use_backend
+from ard_kernels.backends import native
+from benchmarks.common import RESULTS, environment, medians, write_json
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_LENGTHS = (64, 256, 1024)
+_HEAD_DIMS = (64, 72)
+_TOKENS = 4096  # of all samples together
+_HEADS = 6
+_BATCH, _BLOCKS, _LENGTH, _WIDTH = 8, 4, 256, 1152  # of adaLN
+
+
+def _ceilings(repeats: int) -> dict[str, float]:
+    """GFLOP/s of a matrix product by dtype, GB/s of a copy."""
+    found = {}
+    for name, dtype in _DTYPES.items():
+        a, b = torch.randn(2, 2048, 2048, dtype=dtype).unbind(0)
+        found[name] = 2 * 2048**3 / medians({"product": lambda a=a, b=b: a @ b}, repeats)["product"] / 1e9
+    source = torch.randn(64 << 20 >> 2)  # 64 MiB
+    target = torch.empty_like(source)
+    seconds = medians({"copy": lambda: target.copy_(source)}, repeats)["copy"]
+    return {**found, "copy": 2 * source.numel() * 4 / seconds / 1e9}
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of matmuls and a softmax, in the dtype of the inputs."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    weights = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).softmax(-1)
+    return torch.matmul(weights, v).transpose(1, 2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def _with(backend: str, operator: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        with use_backend(backend):
+            return operator()
+
+    return run
+
+
+def _attention(name: str, length: int, dim: int, repeats: int) -> dict[str, Any]:
+    dtype, layout = _DTYPES[name], BlockLayout((length,))
+    shape = (_TOKENS // length, length, _HEADS, dim)
+    leaves = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3)]
+    dout = torch.randn(shape, dtype=dtype)
+
+    def both(attend: Callable[..., Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(attend(*leaves), leaves, dout)
+
+    def ours(*qkv: Tensor) -> Tensor:
+        return block_attention(*qkv, layout)
+
+    seconds = medians(
+        {"native": _with("native", both(ours)), "eager": _with("eager", both(ours)), "sdpa": both(_sdpa),
+         "matmul": both(_plain)}, repeats
+    )  # fmt: skip
+    work = 7 * 2 * shape[0] * _HEADS * length**2 * dim / 1e9  # 2 products forward, 5 backward
+    row = _row("attention", name, "both", seconds, work, "GFLOP/s", name)
+    return {**row, "length": length, "head_dim": dim}
+
+
+def _row(
+    operator: str, dtype: str, phase: str, seconds: dict[str, float], work: float, unit: str, ceiling: str
+) -> dict[str, Any]:
+    """work: thousand millions of what is counted; ceiling: the name of the one that it is compared with."""
+    others = [s for name, s in seconds.items() if name != "native"]
+    return {
+        "operator": operator, "dtype": dtype, "phase": phase, "ms": {k: 1e3 * s for k, s in seconds.items()},
+        "rate": work / seconds["native"], "unit": unit, "ratio": min(others) / seconds["native"],
+        "ceiling": ceiling,
+    }  # fmt: skip
+
+
+def _adaln(name: str, repeats: int) -> list[dict[str, Any]]:
+    dtype, layout = _DTYPES[name], BlockLayout.uniform(_BLOCKS, _LENGTH)
+    x, branch = (torch.randn(_BATCH, layout.total, _WIDTH, dtype=dtype, requires_grad=True) for _ in range(2))
+    packed = torch.randn(_BATCH, _BLOCKS, 6, _WIDTH, dtype=dtype, requires_grad=True)
+    tables = packed.unbind(2)[:3]
+    douts = [torch.randn_like(x) for _ in range(2)]
+    compiled = torch.compile(reference.gated_residual_adaln)
+
+    def forward(operator: Callable[..., Any]) -> Callable[[], Any]:
+        return lambda: operator(x, branch, *tables, layout)
+
+    def backward(outs: Any) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(outs, (x, branch, packed), douts, retain_graph=True)
+
+    forwards = {
+        "native": _with("native", forward(gated_residual_adaln)),
+        "eager": _with("eager", forward(gated_residual_adaln)),
+        "compile": forward(compiled),
+    }
+    backwards = {key: backward(run()) for key, run in forwards.items()}
+    rows = []
+    # Activations read and written: x, branch, residual, y; dx, dy, x, branch, dx, dbranch.
+    for phase, candidates, passes in (("forward", forwards, 4), ("backward", backwards, 6)):
+        seconds = medians(candidates, repeats)
+        gigabytes = passes * x.numel() * x.element_size() / 1e9
+        rows.append(_row("gated residual + adaLN", name, phase, seconds, gigabytes, "GB/s", "copy"))
+    return rows
+
+
+def _line(row: dict[str, Any], ceilings: dict[str, float]) -> str:
+    what = f"{row['operator']} {row['dtype']}"
+    if "length" in row:
+        what += f" L={row['length']} Dh={row['head_dim']}"
+    times = "  ".join(f"{name} {ms:.2f}" for name, ms in row["ms"].items())
+    share = 100 * row["rate"] / ceilings[row["ceiling"]]
+    return (f"| {what} | {row['phase']} | {times} | {row['ratio']:.2f} | {row['rate']:.0f} {row['unit']} "
+            f"| {share:.0f} % |")  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(_LENGTHS))
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json")
+    given = parser.parse_args(arguments)
+    if native.C is None:
+        raise SystemExit(f"cpu: {native.REASON}")
+    torch.manual_seed(0)
+    ceilings = _ceilings(given.repeats)
+    print(", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()), "(GFLOP/s; copy: GB/s)")
+    print(
+        "| operator | phase | ms | best of the others / native | native | of the ceiling |\n"
+        + "|---" * 6
+        + "|"
+    )
+    rows = []
+    for name in _DTYPES:
+        for length in given.lengths:
+            for dim in _HEAD_DIMS:
+                rows.append(_attention(name, length, dim, given.repeats))
+                print(_line(rows[-1], ceilings), flush=True)
+        for row in _adaln(name, given.repeats):
+            rows.append(row)
+            print(_line(row, ceilings), flush=True)
+    write_json(given.out, {"ceilings": ceilings, "rows": rows, "instruction_set": native.C.instruction_set(),
+                           "environment": environment()})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

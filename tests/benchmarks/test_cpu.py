@@ -1,0 +1,17 @@
+"""The CPU benchmark's rows."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import cpu
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_compares_with_the_fastest_of_the_others(dtype: str) -> None:
+    row = cpu._attention(dtype, 64, 64, 1)
+    assert set(row["ms"]) == {"native", "eager", "sdpa", "matmul"}
+    others = [ms for name, ms in row["ms"].items() if name != "native"]
+    assert row["ratio"] == pytest.approx(min(others) / row["ms"]["native"])
+    # 7 products of 2 x 64 x 64 x 64 operations for each of 64 samples and 6 heads.
+    assert row["rate"] * row["ms"]["native"] * 1e6 == pytest.approx(7 * 2 * 64**3 * 64 * 6)
