@@ -12,7 +12,7 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 CPU_BUILD := $(if $(HAS_GPU),,$(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)))
 TORCH_PACKAGE := torch==$(TORCH)$(if $(CPU_BUILD),+cpu --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: demo test test-slow test-gpu lint bench clean
+.PHONY: demo test test-slow test-gpu sanitize lint bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) $(VENV)
@@ -48,6 +48,20 @@ test-gpu: $(VENV)/.developer
 
 bench: $(VENV)/.developer
 	$(BIN)/python -m pytest --benchmark-only tests/benchmarks $(ARGS)
+
+# The compiled kernels' tests under AddressSanitizer and UBSan, with a copy of the package beside such a build.
+SANITIZED := build/sanitize
+RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(or $(CXX),c++) -print-file-name=lib$(name).so))
+
+sanitize: export PATH := $(abspath $(BIN)):$(PATH)
+sanitize: $(VENV)/.developer
+	cmake -G Ninja -S . -B $(SANITIZED)/cmake -DARD_SANITIZE=address,undefined \
+	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR=$$(python -m pybind11 --cmakedir)
+	cmake --build $(SANITIZED)/cmake
+	rm -rf $(SANITIZED)/ard_kernels && cp -r ard_kernels $(SANITIZED)/ && cp $(SANITIZED)/cmake/_C.* $(SANITIZED)/ard_kernels/
+	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	    python -m pytest -s -o pythonpath="$(SANITIZED) ." -k "native or compiled" $(ARGS) \
+	    tests/ard_kernels/test_native.py tests/ard_kernels/test_attention_tiles.py
 
 lint: $(VENV)/.developer
 	$(BIN)/ruff check .

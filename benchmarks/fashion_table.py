@@ -296,14 +296,16 @@ def _pictures(config: TableConfig, result: dict[str, Any]) -> None:
         left.barh(i, statistics.mean(values), color="tab:red" if gan else "tab:blue")
         left.plot(values, [i] * len(values), "k.", markersize=4)
         for seed, points in enumerate(row["curves"]):
+            before = config.iterations if gan else 0
             right.plot(
-                [p["step"] for p in points], [p["frechet"] - base for p in points], marker=".",
+                [before + p["step"] for p in points], [p["frechet"] for p in points], marker=".",
                 color=f"C{i % 10}", linestyle="--" if gan else "-", label=None if seed else names[i],
             )  # fmt: skip
+    right.axhline(base, color="k", linewidth=0.8, label="teacher, 25 steps")
     left.set_yticks(range(len(rows)), names)
     left.invert_yaxis()
     left.set_xlabel("Frechet distance, excess over the 25-step teacher")
-    right.set(xlabel="iteration of the stage", ylabel="excess", yscale="log")
+    right.set(xlabel="iteration; dashed: of the GAN stage, after the regression's", ylabel="Frechet distance")
     right.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(config.out / "table.png", dpi=110)
