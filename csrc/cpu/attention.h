@@ -1,7 +1,9 @@
-// Attention between blocks, forward and backward, in tiles that stay in the cache: as FlashAttention (arXiv 2205.14135),
-// the scores are never in memory. A tile lies within one block of queries and one of keys, so that no pair is masked.
+// Attention between blocks, forward and backward, in tiles that stay in the cache: as in FlashAttention (arXiv
+// 2205.14135), the scores are never in memory. A tile lies within one block of queries and one of keys, so that no pair
+// is masked.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -15,7 +17,7 @@ namespace ARD_ISA {
 constexpr std::int64_t KEYS = 64;  // of a tile
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
-static inline std::int64_t up(std::int64_t x, std::int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+static inline std::int64_t up(std::int64_t x, std::int64_t of) { return (x + of - 1) / of * of; }
 
 // Consecutive parts of a thread's memory.
 struct Memory {
@@ -58,21 +60,72 @@ static T* at(const Tensor& x, std::int64_t b, std::int64_t t, std::int64_t h) {
     return static_cast<T*>(x.data) + b * x.batch + t * x.token + h * x.head;
 }
 
+static inline void write(float* to, vf x, std::int64_t n) { n < W ? store(to, x, static_cast<int>(n)) : store(to, x); }
+#ifdef __AVX512BF16__
+static inline void write(bf16* to, vf x, std::int64_t n) {
+    const __m256i halves = bits<__m256i>(_mm512_cvtneps_pbh(bits<__m512>(x)));
+    n < W ? _mm256_mask_storeu_epi16(to, lanes(static_cast<int>(n)), halves)
+          : _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+}
+#else
+static inline void write(bf16* to, vf x, std::int64_t n) { n < W ? store(to, x, static_cast<int>(n)) : store(to, x); }
+#endif
+
 template <class T>
 static inline void write_row(T* to, const float* row, float factor, std::int64_t width) {
-    std::int64_t i = 0;
-    for (; i + W <= width; i += W) store(to + i, load(row + i) * factor);
-    if (i < width) store(to + i, load(row + i) * factor, static_cast<int>(width - i));
+    for (std::int64_t i = 0; i < width; i += W) write(to + i, load(row + i) * factor, width - i);
 }
 
-// A row of weights as the left factor.
-static inline void keep_row(float* to, const float* row) { std::memcpy(to, row, KEYS * sizeof(float)); }
-#ifdef __AVX512BF16__
-// The processor's rounding, which takes numbers below the smallest normal for 0.
-static inline __m256i halves(const float* x) { return bits<__m256i>(_mm512_cvtneps_pbh(bits<__m512>(load(x)))); }
+// Asks for rows before they are needed, one of each tensor at a time, between computations: rows are a token apart,
+// which a processor does not foresee.
+struct Ahead {
+    const Attention& a;
+    const char* next[8];
+    std::int64_t stride[8], bytes = 0, rows = 0;
+    int tensors = 0;
+    explicit Ahead(const Attention& attention) : a(attention) {}
+    // From token t of sample and head `pair` on.
+    template <class T>
+    void add(const Tensor& x, std::int64_t pair, std::int64_t t) {
+        bytes = a.dim * sizeof(T);
+        next[tensors] = reinterpret_cast<const char*>(at<T>(x, pair / a.heads, t, pair % a.heads));
+        stride[tensors++] = x.token * sizeof(T);
+    }
+    void step() {
+        if (rows == 0) return;
+        rows--;
+        for (int i = 0; i < tensors; i++) {
+            for (std::int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(next[i] + j, 0, 2);
+            next[i] += stride[i];
+        }
+    }
+};
 
-static inline void keep_row(std::uint32_t* to, const float* row) {
-    for (int i = 0; i < KEYS; i += W) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i / 2), halves(row + i));
+constexpr int VECTORS = KEYS / W;
+
+// Which keys of a tile are there.
+struct Keys {
+    vi lanes[VECTORS];
+    explicit Keys(std::int64_t rows) {
+        std::int32_t each[KEYS];
+        for (std::int64_t i = 0; i < KEYS; i++) each[i] = i < rows ? -1 : 0;
+        std::memcpy(lanes, each, sizeof lanes);
+    }
+    template <bool WHOLE>
+    vf only(int i, vf x, float otherwise) const {
+        return WHOLE ? x : lanes[i] ? x : all(otherwise);
+    }
+};
+
+// A row of weights as the left factor.
+static inline void keep_row(float* to, const vf* row) {
+#pragma GCC unroll 16
+    for (int i = 0; i < VECTORS; i++) store(to + i * W, row[i]);
+}
+#ifdef __AVX512BF16__
+static inline void keep_row(std::uint32_t* to, const vf* row) {
+#pragma GCC unroll 16
+    for (int i = 0; i < VECTORS; i += 2) _mm512_storeu_si512(to + i / 2 * W, halves(row[i], row[i + 1]));
 }
 #endif
 
@@ -81,140 +134,181 @@ constexpr std::int64_t FORWARD_QUERIES = 256;
 // Of them, those whose scores are in the nearest cache together.
 constexpr std::int64_t GROUP = 24;
 
+// What the forward knows of its rows so far: their largest scores, and under those the sums of the weights, one for
+// every lane, and of the weighted values.
+struct Rows {
+    float *top, *total, *out;
+    std::int64_t wide_dim;
+    bool started;
+};
+
+// Scores (rows, KEYS) to weights, as the left factor. What was summed before shrinks where a score is larger than all.
+template <bool WHOLE, class Word>
+static inline void weigh(
+    Word* kept, const float* scores, std::int64_t rows, float factor, const Keys& keys, const Rows& so_far,
+    Ahead& ahead) {
+    for (std::int64_t r = 0; r < rows; r++) {
+        ahead.step();
+        vf x[VECTORS], most = all(-INFINITY), sums{};
+#pragma GCC unroll 16
+        for (int i = 0; i < VECTORS; i++) {
+            x[i] = keys.only<WHOLE>(i, load(scores + r * KEYS + i * W) * factor, -INFINITY);
+            most = larger(x[i], most);
+        }
+        const float before = so_far.started ? so_far.top[r] : -INFINITY, highest = largest(most);
+        const float now = highest > before ? highest : before, offset = now == -INFINITY ? 0 : now;
+#pragma GCC unroll 16
+        for (int i = 0; i < VECTORS; i++) {
+            x[i] = exp2(x[i] - offset);
+            sums += x[i];
+        }
+        keep_row(kept + r * (KEYS * sizeof(Element<Word>) / sizeof(Word)), x);
+        if (so_far.started) {
+            const vf shrink = exp2(all(before - offset));
+            sums += load(so_far.total + r * W) * shrink;
+            float* out = so_far.out + r * so_far.wide_dim;
+            for (std::int64_t i = 0; now != before && i < so_far.wide_dim; i += W)
+                store(out + i, load(out + i) * shrink);
+        }
+        so_far.top[r] = now;
+        store(so_far.total + r * W, sums);
+    }
+}
+
 template <class M, class T>
-static void forward_unit(const Attention& a, const std::vector<Tile>& keys, std::int64_t b, std::int64_t h, const Tile& tile) {
+static void forward_unit(
+    const Attention& a, const std::vector<Tile>& keys, std::int64_t b, std::int64_t h, const Tile& tile, Ahead& ahead) {
     typedef typename M::word word;
-    const std::int64_t words = (a.dim + M::K - 1) / M::K, wide_dim = up(a.dim, W), n = tile.rows;
+    const std::int64_t words = (a.dim + M::K - 1) / M::K, wide_words = up(words, W), wide_dim = up(a.dim, W);
+    const std::int64_t n = tile.rows, keys_size = words * KEYS + KEYS * wide_dim;
     Memory memory{static_cast<char*>(scratch(
-        4 * (n * words + words * KEYS + KEYS * wide_dim + 2 * GROUP * KEYS + n * wide_dim + (W + 1) * n) + 64 * 8))};
-    word *q = memory.take<word>(n * words), *k = memory.take<word>(words * KEYS);
+        4 * (n * wide_words + keys_size + 2 * GROUP * KEYS + n * wide_dim + W * n + up(n, W)) + 64 * 8))};
+    word *q = memory.take<word>(n * wide_words), *k = memory.take<word>(words * KEYS);
     word *v = memory.take<word>(KEYS / M::K * wide_dim), *kept = memory.take<word>(GROUP * KEYS / M::K);
     float *scores = memory.take<float>(GROUP * KEYS), *out = memory.take<float>(n * wide_dim);
-    float *top = memory.take<float>(n), *total = memory.take<float>(n * W);  // totals: one for every lane
-    left(q, words, at<const T>(a.q, b, tile.first, h), a.q.token, n, a.dim);
-    std::memset(out, 0, n * wide_dim * sizeof(float));
-    std::memset(total, 0, n * W * sizeof(float));
-    for (std::int64_t r = 0; r < n; r++) top[r] = -INFINITY;
+    float *top = memory.take<float>(up(n, W)), *total = memory.take<float>(n * W);  // totals: one for every lane
+    left(q, wide_words, at<const T>(a.q, b, tile.first, h), a.q.token, n, a.dim);
     const float factor = a.scale * LOG2E;
+    bool started = false;
     for (const Tile& key : keys) {
         if (!sees(a.mask, tile.block, key.block)) continue;
-        const std::int64_t vectors = (key.rows + W - 1) / W, whole = key.rows / W * W;
+        const std::int64_t vectors = (key.rows + W - 1) / W;
+        const Keys there(key.rows);
         right_transposed(k, KEYS, words, at<const T>(a.k, b, key.first, h), a.k.token, key.rows, a.dim);
         right(v, wide_dim, at<const T>(a.v, b, key.first, h), a.v.token, key.rows, a.dim);
         for (std::int64_t g = 0; g < n; g += GROUP) {
             const std::int64_t rows = n - g < GROUP ? n - g : GROUP;
-            product<M>(scores, KEYS, q + g * words, words, 1, k, KEYS, words, rows, vectors, false);
-            for (std::int64_t r = 0; r < rows; r++) {
-                float* row = scores + r * KEYS;
-                vf most = all(-INFINITY);
-                for (std::int64_t i = 0; i < vectors * W; i += W) {
-                    const vf x = load(row + i) * factor;
-                    store(row + i, x);
-                    if (i < whole) most = larger(x, most);
-                }
-                for (std::int64_t i = whole; i < vectors * W; i++) {  // no such keys
-                    if (i >= key.rows) row[i] = -INFINITY;
-                    if (row[i] > most[0]) most[0] = row[i];
-                }
-                const float before = top[g + r], highest = largest(most);
-                const float now = highest > before ? highest : before;
-                const float offset = now == -INFINITY ? 0 : now;
-                vf sums{};
-                for (std::int64_t i = 0; i < vectors * W; i += W) {
-                    const vf p = exp2(load(row + i) - offset);
-                    store(row + i, p);
-                    sums += p;
-                }
-                for (std::int64_t i = vectors * W; i < KEYS; i += W) store(row + i, vf{});
-                keep_row(kept + r * (KEYS / M::K), row);
-                if (now != before) {
-                    const vf shrink = exp2(all(before - offset));
-                    store(total + (g + r) * W, load(total + (g + r) * W) * shrink);
-                    float* o = out + (g + r) * wide_dim;
-                    for (std::int64_t i = 0; i < wide_dim; i += W) store(o + i, load(o + i) * shrink);
-                    top[g + r] = now;
-                }
-                store(total + (g + r) * W, load(total + (g + r) * W) + sums);
-            }
+            product<M>(scores, KEYS, q + g * wide_words, wide_words, 1, k, KEYS, words, rows, vectors, false);
+            const Rows so_far{top + g, total + g * W, out + g * wide_dim, wide_dim, started};
+            key.rows == KEYS ? weigh<true>(kept, scores, rows, factor, there, so_far, ahead)
+                             : weigh<false>(kept, scores, rows, factor, there, so_far, ahead);
             product<M>(out + g * wide_dim, wide_dim, kept, KEYS / M::K, 1, v, wide_dim, (key.rows + M::K - 1) / M::K,
-                       rows, wide_dim / W, true);
+                       rows, wide_dim / W, started);
         }
+        started = true;
     }
     for (std::int64_t r = 0; r < n; r++) {
-        const float weights = sum(load(total + r * W));
-        write_row(at<T>(a.out, b, tile.first + r, h), out + r * wide_dim, 1.0f / weights, a.dim);
-        a.lse[(b * a.heads + h) * queries(a) + tile.first + r] = top[r] * LN2 + std::log(weights);
+        total[r] = sum(load(total + r * W));
+        write_row(at<T>(a.out, b, tile.first + r, h), out + r * wide_dim, 1.0f / total[r], a.dim);
     }
+    float* lse = a.lse + (b * a.heads + h) * queries(a) + tile.first;
+    for (std::int64_t r = 0; r < n; r += W) write(lse + r, (load(top + r) + log2(load(total + r))) * LN2, n - r);
 }
 
 template <class M, class T>
 static void forward_all(const Attention& a, int threads) {
     const auto rows = query_tiles(a, FORWARD_QUERIES), keys = tiles(a.layout, 0, a.layout.blocks, KEYS);
-    const std::int64_t many = rows.size(), pairs = a.batch * a.heads;
+    const std::int64_t many = rows.size(), pairs = a.batch * a.heads, units = pairs * many;
     // The last blocks see the most keys under the causal mask: they come first.
-    parallel(threads, pairs * many, [&](std::int64_t unit) {
-        const std::int64_t pair = unit % pairs;
-        forward_unit<M, T>(a, keys, pair / a.heads, pair % a.heads, rows[many - 1 - unit / pairs]);
+    parallel(threads, units, [&](std::int64_t unit) {
+        const std::int64_t pair = unit % pairs, next = unit + threads;  // next: of this thread, about
+        const Tile& tile = rows[many - 1 - unit / pairs];
+        Ahead ahead(a);
+        ahead.add<T>(a.out, pair, tile.first);
+        if (next < units) {
+            const Tile& after = rows[many - 1 - next / pairs];
+            ahead.rows = std::min(tile.rows, std::min(after.rows, keys[0].rows));
+            ahead.add<T>(a.q, next % pairs, after.first);
+            ahead.add<T>(a.k, next % pairs, 0);
+            ahead.add<T>(a.v, next % pairs, 0);
+        }
+        forward_unit<M, T>(a, keys, pair / a.heads, pair % a.heads, tile, ahead);
     });
 }
 
 // Queries of a tile of the backward.
-constexpr std::int64_t QUERIES = 32;
+constexpr std::int64_t QUERIES = 64;
 
-// Weights and their gradients of a tile, (rows, KEYS) float, as the factors of the three products that take them:
-// summed over the queries (transposed: row stride 1, depth stride KEYS) and over the keys.
+// Weights and their gradients of a tile as the factors of the three products that take them: summed over the queries
+// (transposed: row stride 1, depth stride KEYS) and over the keys.
 template <class M>
 struct Factors;
 
 template <>
 struct Factors<Single> {
-    float *weights, *gradients;
-    float *over_queries, *over_keys;
-    static constexpr std::int64_t size = 0;
-    void set(float* w, float* g, Memory&) { weights = w, over_queries = over_keys = gradients = g; }
-    const float* weights_over_queries() const { return weights; }
-    void fill(std::int64_t) {}
+    static constexpr std::int64_t size = 2 * QUERIES * KEYS;
+    float *weights, *over_queries, *over_keys;
+    explicit Factors(Memory& memory) {
+        weights = memory.take<float>(QUERIES * KEYS);
+        over_queries = over_keys = memory.take<float>(QUERIES * KEYS);
+    }
+    // Vector i of a row.
+    void put(std::int64_t row, int i, const vf (&p)[1], const vf (&g)[1]) const {
+        store(weights + row * KEYS + i * W, p[0]);
+        store(over_keys + row * KEYS + i * W, g[0]);
+    }
 };
 
 #ifdef __AVX512BF16__
-static inline void pair_rows(std::uint32_t* to, const float* low, const float* high) {
-    for (int i = 0; i < KEYS; i += W) {
-        __m512i pair = _mm512_cvtepu16_epi32(halves(low + i));
-        if (high != nullptr) pair = _mm512_or_si512(pair, _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves(high + i)), 16));
-        _mm512_storeu_si512(to + i, pair);
-    }
-}
-
 template <>
 struct Factors<Pair> {
-    float *weights, *gradients;
-    std::uint32_t *paired_weights, *over_queries, *over_keys;
     static constexpr std::int64_t size = 3 * QUERIES * KEYS / 2;
-    void set(float* w, float* g, Memory& memory) {
-        weights = w, gradients = g;
-        paired_weights = memory.take<std::uint32_t>(QUERIES * KEYS / 2);
-        over_queries = memory.take<std::uint32_t>(QUERIES * KEYS / 2);
-        over_keys = memory.take<std::uint32_t>(QUERIES * KEYS / 2);
+    std::uint32_t *weights, *over_queries, *over_keys;
+    explicit Factors(Memory& memory) {
+        for (std::uint32_t** part : {&weights, &over_queries, &over_keys})
+            *part = memory.take<std::uint32_t>(QUERIES * KEYS / 2);
     }
-    const std::uint32_t* weights_over_queries() const { return paired_weights; }
-    void fill(std::int64_t rows) {
-        for (std::int64_t r = 0; r < rows; r += 2) {
-            const bool last = r + 1 == rows;
-            const float *w = weights + r * KEYS, *g = gradients + r * KEYS;
-            pair_rows(paired_weights + r / 2 * KEYS, w, last ? nullptr : w + KEYS);
-            pair_rows(over_queries + r / 2 * KEYS, g, last ? nullptr : g + KEYS);
-        }
-        for (std::int64_t r = 0; r < rows; r++) keep_row(over_keys + r * (KEYS / 2), gradients + r * KEYS);
+    // Vector i of a row and of the next.
+    void put(std::int64_t row, int i, const vf (&p)[2], const vf (&g)[2]) const {
+        const __m512i slopes = halves(g[0], g[1]);
+        _mm512_storeu_si512(weights + row / 2 * KEYS + i * W, paired(halves(p[0], p[1])));
+        _mm512_storeu_si512(over_queries + row / 2 * KEYS + i * W, paired(slopes));
+        auto* const to = reinterpret_cast<__m256i*>(over_keys + row * (KEYS / 2) + i * (W / 2));
+        _mm256_storeu_si256(to, _mm512_castsi512_si256(slopes));
+        _mm256_storeu_si256(to + KEYS / HALVES * 2, _mm512_extracti64x4_epi64(slopes, 1));
     }
 };
 #endif
 
+// Scores (rows, KEYS) and the weights' gradients to factors.
+template <bool WHOLE, class M>
+static inline void differentiate(
+    const Factors<M>& factors, const float* scores, const float* gradients, std::int64_t rows, float factor,
+    const float* lse, const float* delta, const Keys& keys, Ahead& ahead) {
+    for (std::int64_t r = 0; r < rows; r += M::K) {
+        for (int j = 0; j < M::K; j++) ahead.step();
+#pragma GCC unroll 16
+        for (int i = 0; i < VECTORS; i++) {
+            vf p[M::K] = {}, g[M::K] = {};
+#pragma GCC unroll 2
+            for (int j = 0; j < M::K; j++) {
+                if (r + j >= rows) break;
+                const std::int64_t at = (r + j) * KEYS + i * W;
+                p[j] = keys.only<WHOLE>(i, exp2(load(scores + at) * factor - lse[r + j]), 0);
+                g[j] = keys.only<WHOLE>(i, p[j] * (load(gradients + at) - delta[r + j]), 0);
+            }
+            factors.put(r, i, p, g);
+        }
+    }
+}
+
 template <class M, class T>
 static void backward_unit(
-    const Attention& a, const std::vector<Tile>& rows, const std::vector<Tile>& keys, std::int64_t b, std::int64_t h) {
+    const Attention& a, const std::vector<Tile>& rows, const std::vector<Tile>& keys, std::int64_t b, std::int64_t h,
+    Ahead& ahead) {
     typedef typename M::word word;
-    const std::int64_t words = (a.dim + M::K - 1) / M::K, wide_dim = up(a.dim, W), many = rows.size();
-    const std::int64_t left_size = QUERIES * words, right_size = QUERIES / M::K * wide_dim;
+    const std::int64_t words = (a.dim + M::K - 1) / M::K, wide_words = up(words, W), wide_dim = up(a.dim, W);
+    const std::int64_t many = rows.size(), left_size = QUERIES * wide_words, right_size = QUERIES / M::K * wide_dim;
     const std::int64_t key_left = words * KEYS, key_right = KEYS / M::K * wide_dim, wide_keys = KEYS * wide_dim;
     Memory memory{static_cast<char*>(scratch(
         4 * (many * (2 * left_size + 2 * right_size + QUERIES * wide_dim + 2 * QUERIES) + 2 * key_left + key_right +
@@ -226,23 +320,20 @@ static void backward_unit(
     word *k_transposed = memory.take<word>(key_left), *v_transposed = memory.take<word>(key_left);
     word* k_right = memory.take<word>(key_right);
     float *dk = memory.take<float>(wide_keys), *dv = memory.take<float>(wide_keys);
-    float *weights = memory.take<float>(QUERIES * KEYS), *gradients = memory.take<float>(QUERIES * KEYS);
-    Factors<M> factors;
-    factors.set(weights, gradients, memory);
+    float *scores = memory.take<float>(QUERIES * KEYS), *gradients = memory.take<float>(QUERIES * KEYS);
+    Factors<M> factors(memory);
     std::memset(dq, 0, many * QUERIES * wide_dim * sizeof(float));
     for (std::int64_t c = 0; c < many; c++) {
         const Tile& tile = rows[c];
         const T *q = at<const T>(a.q, b, tile.first, h), *dout = at<const T>(a.dout, b, tile.first, h);
-        left(q_left + c * left_size, words, q, a.q.token, tile.rows, a.dim);
+        left(q_left + c * left_size, wide_words, q, a.q.token, tile.rows, a.dim);
         right(q_right + c * right_size, wide_dim, q, a.q.token, tile.rows, a.dim);
-        left(do_left + c * left_size, words, dout, a.dout.token, tile.rows, a.dim);
+        left(do_left + c * left_size, wide_words, dout, a.dout.token, tile.rows, a.dim);
         right(do_right + c * right_size, wide_dim, dout, a.dout.token, tile.rows, a.dim);
         for (std::int64_t r = 0; r < tile.rows; r++) {
             const T *o = at<const T>(a.out, b, tile.first + r, h), *d = dout + r * a.dout.token;
             vf products{};
-            std::int64_t i = 0;
-            for (; i + W <= a.dim; i += W) products += load(o + i) * load(d + i);
-            if (i < a.dim) products += load(o + i, static_cast<int>(a.dim - i)) * load(d + i, static_cast<int>(a.dim - i));
+            for (std::int64_t i = 0; i < a.dim; i += W) products += some(o + i, a.dim - i) * some(d + i, a.dim - i);
             delta[c * QUERIES + r] = sum(products);
             lse[c * QUERIES + r] = a.lse[(b * a.heads + h) * queries(a) + tile.first + r] * LOG2E;
         }
@@ -251,37 +342,34 @@ static void backward_unit(
     for (const Tile& key : keys) {
         const std::int64_t vectors = (key.rows + W - 1) / W;
         const T *k = at<const T>(a.k, b, key.first, h), *v = at<const T>(a.v, b, key.first, h);
-        std::memset(dk, 0, wide_keys * sizeof(float));
-        std::memset(dv, 0, wide_keys * sizeof(float));
-        bool packed = false;
+        const Keys there(key.rows);
+        bool started = false;
         for (std::int64_t c = 0; c < many; c++) {
             if (!sees(a.mask, rows[c].block, key.block)) continue;
-            if (!packed) {
+            if (!started) {
                 right_transposed(k_transposed, KEYS, words, k, a.k.token, key.rows, a.dim);
                 right_transposed(v_transposed, KEYS, words, v, a.v.token, key.rows, a.dim);
                 right(k_right, wide_dim, k, a.k.token, key.rows, a.dim);
-                packed = true;
             }
             const std::int64_t n = rows[c].rows, depth = (n + M::K - 1) / M::K, columns = wide_dim / W;
-            product<M>(weights, KEYS, q_left + c * left_size, words, 1, k_transposed, KEYS, words, n, vectors, false);
-            product<M>(gradients, KEYS, do_left + c * left_size, words, 1, v_transposed, KEYS, words, n, vectors, false);
-            for (std::int64_t r = 0; r < n; r++) {
-                float *w = weights + r * KEYS, *g = gradients + r * KEYS;
-                const float l = lse[c * QUERIES + r], d = delta[c * QUERIES + r];
-                for (std::int64_t i = 0; i < vectors * W; i += W) {
-                    const vf p = exp2(load(w + i) * factor - l);
-                    store(w + i, p);
-                    store(g + i, p * (load(g + i) - d));
-                }
-                for (std::int64_t i = key.rows; i < KEYS; i++) w[i] = g[i] = 0;
-            }
-            factors.fill(n);
-            product<M>(dv, wide_dim, factors.weights_over_queries(), 1, KEYS, do_right + c * right_size, wide_dim, depth,
-                       key.rows, columns, true);
+            product<M>(scores, KEYS, q_left + c * left_size, wide_words, 1, k_transposed, KEYS, words, n, vectors,
+                       false);
+            product<M>(gradients, KEYS, do_left + c * left_size, wide_words, 1, v_transposed, KEYS, words, n, vectors,
+                       false);
+            const float *l = lse + c * QUERIES, *d = delta + c * QUERIES;
+            key.rows == KEYS ? differentiate<true>(factors, scores, gradients, n, factor, l, d, there, ahead)
+                             : differentiate<false>(factors, scores, gradients, n, factor, l, d, there, ahead);
+            product<M>(dv, wide_dim, factors.weights, 1, KEYS, do_right + c * right_size, wide_dim, depth,
+                       key.rows, columns, started);
             product<M>(dk, wide_dim, factors.over_queries, 1, KEYS, q_right + c * right_size, wide_dim, depth, key.rows,
-                       columns, true);
+                       columns, started);
             product<M>(dq + c * QUERIES * wide_dim, wide_dim, factors.over_keys, KEYS / M::K, 1, k_right, wide_dim,
                        (key.rows + M::K - 1) / M::K, n, columns, true);
+            started = true;
+        }
+        if (!started) {
+            std::memset(dk, 0, wide_keys * sizeof(float));
+            std::memset(dv, 0, wide_keys * sizeof(float));
         }
         for (std::int64_t r = 0; r < key.rows; r++) {
             write_row(at<T>(a.dk, b, key.first + r, h), dk + r * wide_dim, a.scale, a.dim);
@@ -297,7 +385,13 @@ template <class M, class T>
 static void backward_all(const Attention& a, int threads) {
     const auto rows = query_tiles(a, QUERIES), keys = tiles(a.layout, 0, a.layout.blocks, KEYS);
     parallel(threads, a.batch * a.heads, [&](std::int64_t unit) {
-        backward_unit<M, T>(a, rows, keys, unit / a.heads, unit % a.heads);
+        const std::int64_t next = unit + threads;  // of this thread, about
+        Ahead ahead(a);
+        ahead.rows = std::min(queries(a), std::int64_t{256});
+        for (const Tensor* x : {&a.dq, &a.dk, &a.dv}) ahead.add<T>(*x, unit, 0);
+        if (next < a.batch * a.heads)
+            for (const Tensor* x : {&a.q, &a.k, &a.v, &a.out, &a.dout}) ahead.add<T>(*x, next, 0);
+        backward_unit<M, T>(a, rows, keys, unit / a.heads, unit % a.heads, ahead);
     });
 }
 

@@ -24,6 +24,34 @@ struct Pair {
             _mm512_dpbf16_ps(bits<__m512>(c), bits<__m512bh>(_mm512_set1_epi32(*a)), bits<__m512bh>(b)));
     }
 };
+
+constexpr int HALVES = 2 * W;  // bfloat16 numbers in a vector
+
+// The first n, at most HALVES, and zeros.
+static inline __m512i halves(const bf16* p, std::int64_t n) {
+    if (n >= HALVES) return _mm512_loadu_si512(p);
+    return n > 0 ? _mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, p) : __m512i{};
+}
+
+// Rounded by the processor, which takes numbers below the smallest normal for 0.
+static inline __m512i halves(vf low, vf high) {
+    return bits<__m512i>(_mm512_cvtne2ps_pbh(bits<__m512>(high), bits<__m512>(low)));
+}
+
+// Number i of one beside number i of the other, for 16 numbers of each, from `first` on.
+template <int first>
+static inline __m512i paired(__m512i one, __m512i other) {
+    alignas(64) static constexpr struct Index {
+        std::uint16_t at[HALVES];
+        constexpr Index() : at() {
+            for (int i = 0; i < W; i++) at[2 * i] = first + i, at[2 * i + 1] = HALVES + first + i;
+        }
+    } index;
+    return _mm512_permutex2var_epi16(one, _mm512_load_si512(index.at), other);
+}
+
+// Number i of its first half beside number i of its second.
+static inline __m512i paired(__m512i both) { return paired<0>(both, _mm512_alignr_epi64(both, both, 4)); }
 #endif
 
 // c (rows, NV vectors) = or += a b: a (rows, depth) with any strides, b (depth, NV vectors) with rows `ldb` apart.
@@ -115,78 +143,71 @@ using Element = typename ElementOf<Word>::type;
 static inline float wide(float x) { return x; }
 static inline float wide(bf16 x) { return bits<float>(static_cast<std::uint32_t>(x.bits) << 16); }
 
-// x (rows, width) as the left factor, summed over the columns: (rows, words), zeros after the last.
-static inline void left(float* to, std::int64_t words, const float* x, std::int64_t stride, std::int64_t rows, std::int64_t width) {
-    for (std::int64_t r = 0; r < rows; r++)
-        for (std::int64_t i = 0; i < words; i++) to[r * words + i] = i < width ? x[r * stride + i] : 0.0f;
+// The first n of a vector, or all of it; the rest is 0.
+template <class T>
+static inline vf some(const T* p, std::int64_t n) {
+    return n >= W ? load(p) : n > 0 ? load(p, static_cast<int>(n)) : vf{};
 }
 
-static inline void left(float* to, std::int64_t words, const bf16* x, std::int64_t stride, std::int64_t rows, std::int64_t width) {
-    for (std::int64_t r = 0; r < rows; r++)
-        for (std::int64_t i = 0; i < words; i++) to[r * words + i] = i < width ? wide(x[r * stride + i]) : 0.0f;
-}
+// The words at x, of which n elements are there.
+template <class T>
+static inline vu words_at(const float*, const T* x, std::int64_t n) { return bits<vu>(some(x, n)); }
+#ifdef __AVX512BF16__
+static inline vu words_at(const std::uint32_t*, const bf16* x, std::int64_t n) { return bits<vu>(halves(x, n)); }
+#endif
 
-static inline void left(std::uint32_t* to, std::int64_t words, const bf16* x, std::int64_t stride, std::int64_t rows, std::int64_t width) {
-    const std::int64_t whole = width / (2 * W) * W;  // words in whole vectors
-    for (std::int64_t r = 0; r < rows; r++) {
-        for (std::int64_t i = 0; i < whole; i += W) std::memcpy(to + r * words + i, x + r * stride + 2 * i, sizeof(vu));
-        if (whole == words) continue;
-        to[r * words + words - 1] = 0;
-        std::memcpy(to + r * words + whole, x + r * stride + 2 * whole, (width - 2 * whole) * sizeof(bf16));
-    }
+// x (rows, width) as the left factor, summed over the columns: (rows, ld), zeros after the last; ld in whole vectors.
+template <class Word, class T>
+static inline void left(
+    Word* to, std::int64_t ld, const T* x, std::int64_t stride, std::int64_t rows,
+    std::int64_t width) {
+    constexpr std::int64_t K = sizeof(Word) / sizeof(Element<Word>);
+    for (std::int64_t r = 0; r < rows; r++)
+        for (std::int64_t i = 0; i < ld; i += W) {
+            const vu words = words_at(to, x + r * stride + i * K, width - i * K);
+            std::memcpy(to + r * ld + i, &words, sizeof words);
+        }
 }
 
 // x (rows, width) as the right factor, summed over the rows: (rows / K, ld), zeros where x ends.
 template <class T>
-static inline void right(float* to, std::int64_t ld, const T* x, std::int64_t stride, std::int64_t rows, std::int64_t width) {
+static inline void right(
+    float* to, std::int64_t ld, const T* x, std::int64_t stride, std::int64_t rows,
+    std::int64_t width) {
     for (std::int64_t r = 0; r < rows; r++)
-        for (std::int64_t i = 0; i < ld; i += W) {
-            const std::int64_t n = width - i;
-            store(to + r * ld + i, n >= W ? load(x + r * stride + i) : n > 0 ? load(x + r * stride + i, static_cast<int>(n)) : vf{});
-        }
+        for (std::int64_t i = 0; i < ld; i += W) store(to + r * ld + i, some(x + r * stride + i, width - i));
 }
 
 #ifdef __AVX512BF16__
-static inline void right(std::uint32_t* to, std::int64_t ld, const bf16* x, std::int64_t stride, std::int64_t rows, std::int64_t width) {
+static inline void right(
+    std::uint32_t* to, std::int64_t ld, const bf16* x, std::int64_t stride, std::int64_t rows,
+    std::int64_t width) {
     for (std::int64_t r = 0; r < rows; r += 2)
-        for (std::int64_t i = 0; i < ld; i += W) {
-            const std::int64_t n = width - i;
-            const auto row = [&](std::int64_t which) {
-                const bf16* p = x + which * stride + i;
-                return bits<vu>(n >= W ? load(p) : n > 0 ? load(p, static_cast<int>(n)) : vf{});
-            };
-            const vu pair = row(r) >> 16 | (r + 1 < rows ? row(r + 1) : vu{});
-            std::memcpy(to + r / 2 * ld + i, &pair, sizeof pair);
+        for (std::int64_t i = 0; i < ld; i += HALVES) {
+            const bf16* p = x + r * stride + i;
+            const __m512i one = halves(p, width - i), other = r + 1 < rows ? halves(p + stride, width - i) : __m512i{};
+            _mm512_storeu_si512(to + r / 2 * ld + i, paired<0>(one, other));
+            if (i + W < ld) _mm512_storeu_si512(to + r / 2 * ld + i + W, paired<W>(one, other));
         }
 }
 #endif
 
-// A vector of words.
-template <class Word, class T>
-static inline vu words_of(const T* x) {
-    if (sizeof(Word) / sizeof(Element<Word>) == 1) return bits<vu>(load(x));
-    vu y;
-    std::memcpy(&y, x, sizeof y);
-    return y;
-}
-
 // x (rows, width) transposed as the right factor, summed over the columns of x: (words, ld), zeros where x ends.
 template <class Word, class T>
-static inline void right_transposed(Word* to, std::int64_t ld, std::int64_t words, const T* x, std::int64_t stride, std::int64_t rows, std::int64_t width) {
+static inline void right_transposed(
+    Word* to, std::int64_t ld, std::int64_t words, const T* x, std::int64_t stride, std::int64_t rows,
+    std::int64_t width) {
     for (std::int64_t first = 0; first < rows; first += W)
         for (std::int64_t i = 0; i < words; i += W) {
             constexpr std::int64_t K = sizeof(Word) / sizeof(Element<Word>);
             const std::int64_t many = rows - first < W ? rows - first : W, part = words - i < W ? words - i : W;
-            const std::int64_t columns = width - i * K < part * K ? width - i * K : part * K;
+            const T* p = x + first * stride + i * K;
             vu square[W];
-            if (many == W && columns == W * K) {
+            if (many == W && width - i * K >= W * K) {
 #pragma GCC unroll 16
-                for (int r = 0; r < W; r++) square[r] = words_of<Word>(x + (first + r) * stride + i * K);
+                for (int r = 0; r < W; r++) square[r] = words_at(to, p + r * stride, W * K);
             } else {
-                Word partial[W * W] = {};
-                for (std::int64_t r = 0; r < many; r++)
-                    left(partial + r * W, part, x + (first + r) * stride + i * K, 0, 1, columns);
-                std::memcpy(square, partial, sizeof square);
+                for (int r = 0; r < W; r++) square[r] = r < many ? words_at(to, p + r * stride, width - i * K) : vu{};
             }
             transpose(square);
             for (std::int64_t k = 0; k < part; k++) std::memcpy(to + (i + k) * ld + first, &square[k], sizeof(vu));

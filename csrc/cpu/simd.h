@@ -2,11 +2,13 @@
 // Clang: one source for every instruction set. Each is compiled into its own namespace, ARD_ISA.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -83,7 +85,20 @@ static inline void store(bf16* p, vf x) {
     std::memcpy(p, &y, sizeof y);
 }
 
-// The first n of a vector; the rest is 0.
+// The first n < W of a vector; the rest is 0.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+static inline __mmask16 lanes(int n) { return static_cast<__mmask16>((1 << n) - 1); }
+
+static inline vf load(const float* p, int n) { return bits<vf>(_mm512_maskz_loadu_ps(lanes(n), p)); }
+
+static inline vf load(const bf16* p, int n) {
+    return bits<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(n), p)), 16));
+}
+
+static inline void store(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, lanes(n), bits<__m512>(x)); }
+
+static inline void store(bf16* p, vf x, int n) { _mm256_mask_storeu_epi16(p, lanes(n), bits<__m256i>(rounded(x))); }
+#else
 template <class T>
 static inline vf load(const T* p, int n) {
     T full[W] = {};
@@ -97,51 +112,81 @@ static inline void store(T* p, vf x, int n) {
     store(full, x);
     std::memcpy(p, full, n * sizeof(T));
 }
+#endif
 
-// Element j of the result is element index(j) of a followed by b.
-template <class V, class Index>
-static inline V shuffled(V a, V b, const Index& index) {
-    vi chosen;
-#pragma GCC unroll 16
-    for (int j = 0; j < W; j++) chosen[j] = index(j);
-    return __builtin_shuffle(a, b, chosen);
+// Element j of the result is element Index::of(j) of a followed by b.
+template <class Index, class V, std::size_t... j>
+static inline V shuffled(V a, V b, std::index_sequence<j...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, Index::of(j)...);
+#else
+    return __builtin_shuffle(a, b, vi{Index::of(j)...});
+#endif
 }
 
+template <class Index, class V>
+static inline V shuffled(V a, V b) {
+    return shuffled<Index>(a, b, std::make_index_sequence<W>());
+}
+
+template <int s>
+struct Exchange {
+    static constexpr int of(int j) { return j ^ s; }
+};
+
 // In halves, pairwise: log2(W) steps.
+template <int s = W / 2>
 static inline float sum(vf x) {
-#pragma GCC unroll 4
-    for (int s = W / 2; s > 0; s /= 2) x += shuffled(x, x, [s](int j) { return j ^ s; });
+    x += shuffled<Exchange<s>>(x, x);
+    if constexpr (s > 1) return sum<s / 2>(x);
     return x[0];
 }
 
 static inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
 // NaN may be passed over.
+template <int s = W / 2>
 static inline float largest(vf x) {
-#pragma GCC unroll 4
-    for (int s = W / 2; s > 0; s /= 2) x = larger(x, shuffled(x, x, [s](int j) { return j ^ s; }));
+    x = larger(x, shuffled<Exchange<s>>(x, x));
+    if constexpr (s > 1) return largest<s / 2>(x);
     return x[0];
 }
 
+template <int s>
+struct Upper {
+    static constexpr int of(int j) { return j & s ? W + j - s : j; }
+};
+
+template <int s>
+struct Lower {
+    static constexpr int of(int j) { return j & s ? W + j : j + s; }
+};
+
 // (W, W) transposed in place: the two blocks off the diagonal change places, at every size.
+template <int s = 1>
 static inline void transpose(vu* rows) {
-#pragma GCC unroll 4
-    for (int s = 1; s < W; s *= 2)
 #pragma GCC unroll 16
-        for (int i = 0; i < W; i++)
-            if (!(i & s)) {
-                const vu a = rows[i], b = rows[i + s];
-                rows[i] = shuffled(a, b, [s](int j) { return j & s ? W + j - s : j; });
-                rows[i + s] = shuffled(a, b, [s](int j) { return j & s ? W + j : j + s; });
-            }
+    for (int i = 0; i < W; i++)
+        if (!(i & s)) {
+            const vu a = rows[i], b = rows[i + s];
+            rows[i] = shuffled<Upper<s>>(a, b);
+            rows[i + s] = shuffled<Lower<s>>(a, b);
+        }
+    if constexpr (2 * s < W) transpose<2 * s>(rows);
 }
 
 // 2^x for x < 127, relative error below 2e-7 (Taylor's polynomial of degree 6 on [-1/2, 1/2]); 0 where the result is
-// below the smallest normal number; NaN stays NaN.
+// below the smallest normal number, or as good; NaN stays NaN.
 static inline vf exp2(vf x) {
+#ifdef __AVX512DQ__
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    const __m512 n = _mm512_roundscale_ps(bits<__m512>(x), nearest);
+    const vf f = bits<vf>(_mm512_reduce_ps(bits<__m512>(x), nearest));  // x - n, of -inf 0
+#else
     const vf low = all(-127.0f), magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const vf shifted = (low > x ? low : x) + magic;
     const vf n = shifted - magic, f = (low > x ? low : x) - n;
+#endif
     vf y = all(1.5403530393381609e-4f);
     y = y * f + 1.3333558146428443e-3f;
     y = y * f + 9.6181291076284772e-3f;
@@ -149,7 +194,25 @@ static inline vf exp2(vf x) {
     y = y * f + 2.4022650695910071e-1f;
     y = y * f + 6.9314718055994531e-1f;
     y = y * f + 1.0f;
+#ifdef __AVX512DQ__
+    return bits<vf>(_mm512_scalef_ps(bits<__m512>(y), n));
+#else
     return y * bits<vf>((bits<vi>(shifted) - bits<vi>(magic) + 127) << 23);
+#endif
+}
+
+// Logarithm to the base of 2 for x >= the smallest normal number, absolute error below 1e-7 beside the result's own
+// rounding (atanh's series around the nearest power of 2); of 0 something below -126; infinity and NaN stay.
+static inline vf log2(vf x) {
+    const vi top = (bits<vi>(x) - 0x3f3504f3) & ~0x7fffff;  // of x / sqrt(1/2): the power of 2, as bits
+    const vf m = bits<vf>(bits<vi>(x) - top), t = (m - 1.0f) / (m + 1.0f), u = t * t;
+    vf y = all(3.2059890e-1f);
+    y = y * u + 4.1219858e-1f;
+    y = y * u + 5.7707802e-1f;
+    y = y * u + 9.6179669e-1f;
+    y = y * u + 2.8853901f;
+    y = y * t + __builtin_convertvector(top >> 23, vf);
+    return x < all(INFINITY) ? y : x;
 }
 
 }  // namespace ARD_ISA

@@ -1,0 +1,124 @@
+"""Installing from a clean checkout, with a compiler, without, and as a wheel beside another PyTorch.
+
+    make test-install
+
+Every test installs into an environment of its own, from the package index.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.install
+
+_ROOT = Path(__file__).resolve().parents[1]
+_OTHER_TORCH = "2.11.0"  # the oldest that the package accepts
+_NO_COMPILER = {"CXX": "/absent/c++", "CC": "/absent/cc"}
+
+# The compiled kernels against the definition, and the library whose threads they share.
+_USE = """
+import torch
+from ard_kernels import BlockLayout, block_attention, reference, use_backend
+from ard_kernels.backends import native
+
+q, k, v = torch.randn(3, 2, 70, 3, 40).unbind(0)
+layout = BlockLayout((30, 40))
+with use_backend("native"):
+    got = block_attention(q, k, v, layout)
+torch.testing.assert_close(got, reference.block_attention(q, k, v, layout), rtol=1e-4, atol=1e-5)
+assert native.C.threaded()
+print("used with torch", torch.__version__)
+"""
+
+
+def _run(*command: object, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    given = {key: value for key, value in os.environ.items() if not key.startswith("ARD_KERNELS")}
+    return subprocess.run(
+        [str(part) for part in command], env={**given, **(environment or {})}, capture_output=True, text=True
+    )
+
+
+def _python(folder: Path) -> Path:
+    venv.create(folder, with_pip=True)
+    return folder / "bin" / "python"
+
+
+def _install(
+    python: Path, what: Path, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Without what the package needs: PyTorch is that of the tests, except where a test has another."""
+    return _run(python, "-m", "pip", "install", "--no-deps", what, environment=environment)
+
+
+def _report(python: Path) -> str:
+    done = _run(python, "-m", "ard_kernels", environment={"PYTHONPATH": sysconfig.get_path("purelib")})
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("native"))
+    return line
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The files that git knows, as they are now."""
+    folder = tmp_path / "checkout"
+    for name in _run("git", "-C", _ROOT, "ls-files", "-z").stdout.split("\0"):
+        if name and (_ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(_ROOT / name, folder / name)
+    return folder
+
+
+def test_with_a_compiler(checkout: Path, tmp_path: Path) -> None:
+    python = _python(tmp_path / "venv")
+    done = _install(python, checkout)
+    assert done.returncode == 0, done.stderr
+    assert "available" in _report(python)
+    used = _run(python, "-c", _USE, environment={"PYTHONPATH": sysconfig.get_path("purelib")})
+    assert used.returncode == 0, used.stderr
+
+
+def test_without_a_compiler(checkout: Path, tmp_path: Path) -> None:
+    python = _python(tmp_path / "venv")
+    done = _install(python, checkout, _NO_COMPILER)
+    assert done.returncode == 0, done.stderr
+    report = _report(python)
+    assert "absent" in report
+    assert _NO_COMPILER["CXX"] in report
+
+
+def test_without_a_compiler_where_the_kernels_are_demanded(checkout: Path, tmp_path: Path) -> None:
+    python = _python(tmp_path / "venv")
+    done = _install(python, checkout, {**_NO_COMPILER, "ARD_KERNELS_NATIVE": "on"})
+    assert done.returncode != 0
+    assert _NO_COMPILER["CXX"] in done.stderr + done.stdout
+
+
+def test_switched_off(checkout: Path, tmp_path: Path) -> None:
+    python = _python(tmp_path / "venv")
+    done = _install(python, checkout, {"ARD_KERNELS_NATIVE": "off"})
+    assert done.returncode == 0, done.stderr
+    report = _report(python)
+    assert "absent" in report
+    assert "ARD_KERNELS_NATIVE" in report
+
+
+def test_a_wheel_beside_another_pytorch(checkout: Path, tmp_path: Path) -> None:
+    built = _run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path / "wheels", checkout)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = (tmp_path / "wheels").glob("*.whl")
+    python = _python(tmp_path / "venv")
+    done = _run(python, "-m", "pip", "install", f"torch=={_OTHER_TORCH}", "numpy", "safetensors")
+    assert done.returncode == 0, done.stderr
+    assert _install(python, wheel).returncode == 0
+    used = _run(python, "-c", _USE)
+    assert used.returncode == 0, used.stderr
+    assert f"used with torch {_OTHER_TORCH}" in used.stdout
