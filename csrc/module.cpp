@@ -2,6 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#ifdef ARD_HAS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -18,10 +24,28 @@ ARD_DECLARE(portable)
 #ifdef ARD_X86
 ARD_DECLARE(avx2)
 ARD_DECLARE(avx512)
+#endif
+#ifdef ARD_HAS_AVX512_BF16
 ARD_DECLARE(avx512_bf16)
+#endif
+#ifdef ARD_HAS_AMX
+ARD_DECLARE(amx)
+#endif
+#ifdef ARD_EMULATE_AMX
+ARD_DECLARE(amx_emulated)
 #endif
 
 namespace {
+
+#ifdef ARD_HAS_AMX
+// Whether the processor has AMX with bfloat16 and the system lets this process use it: Linux wants to be asked.
+bool amx_granted() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & 1u << 22) || !(d & 1u << 24)) return false;
+    constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request, tile_data) == 0;
+}
+#endif
 
 // The best first, those that this processor can run.
 std::vector<const Kernels*> usable() {
@@ -31,7 +55,16 @@ std::vector<const Kernels*> usable() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::kernels);
+#ifdef ARD_HAS_AVX512_BF16
+    const bool products = avx512 && __builtin_cpu_supports("avx512bf16");
+#ifdef ARD_HAS_AMX
+    if (products && amx_granted()) found.push_back(&amx::kernels);
+#endif
+    if (products) found.push_back(&avx512_bf16::kernels);
+#ifdef ARD_EMULATE_AMX
+    if (products) found.push_back(&amx_emulated::kernels);
+#endif
+#endif
     if (avx512) found.push_back(&avx512::kernels);
     if (avx2) found.push_back(&avx2::kernels);
 #endif

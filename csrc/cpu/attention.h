@@ -7,6 +7,7 @@
 #include <cmath>
 #include <vector>
 
+#include "amx.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "product.h"
@@ -131,8 +132,6 @@ static inline void keep_row(std::uint32_t* to, const vf* row) {
 
 // Queries of a unit of the forward: a tile of keys is packed for so many.
 constexpr std::int64_t FORWARD_QUERIES = 256;
-// Of them, those whose scores are in the nearest cache together.
-constexpr std::int64_t GROUP = 24;
 
 // What the forward knows of its rows so far: their largest scores, and under those the sums of the weights, one for
 // every lane, and of the weighted values.
@@ -179,14 +178,16 @@ template <class M, class T>
 static void forward_unit(
     const Attention& a, const std::vector<Tile>& keys, std::int64_t b, std::int64_t h, const Tile& tile, Ahead& ahead) {
     typedef typename M::word word;
+    constexpr std::int64_t GROUP = M::GROUP;
+    [[maybe_unused]] const typename M::Session session;
     const std::int64_t words = (a.dim + M::K - 1) / M::K, wide_words = up(words, W), wide_dim = up(a.dim, W);
-    const std::int64_t n = tile.rows, keys_size = words * KEYS + KEYS * wide_dim;
+    const std::int64_t n = tile.rows, rows_size = up(n, GROUP), keys_size = wide_words * KEYS + KEYS * wide_dim;
     Memory memory{static_cast<char*>(scratch(
-        4 * (n * wide_words + keys_size + 2 * GROUP * KEYS + n * wide_dim + W * n + up(n, W)) + 64 * 8))};
-    word *q = memory.take<word>(n * wide_words), *k = memory.take<word>(words * KEYS);
+        4 * (rows_size * (wide_words + wide_dim + W + 1) + keys_size + 2 * GROUP * KEYS) + 64 * 8))};
+    word *q = memory.take<word>(rows_size * wide_words), *k = memory.take<word>(wide_words * KEYS);
     word *v = memory.take<word>(KEYS / M::K * wide_dim), *kept = memory.take<word>(GROUP * KEYS / M::K);
-    float *scores = memory.take<float>(GROUP * KEYS), *out = memory.take<float>(n * wide_dim);
-    float *top = memory.take<float>(up(n, W)), *total = memory.take<float>(n * W);  // totals: one for every lane
+    float *scores = memory.take<float>(GROUP * KEYS), *out = memory.take<float>(rows_size * wide_dim);
+    float *top = memory.take<float>(rows_size), *total = memory.take<float>(rows_size * W);  // totals: of every lane
     left(q, wide_words, at<const T>(a.q, b, tile.first, h), a.q.token, n, a.dim);
     const float factor = a.scale * LOG2E;
     bool started = false;
@@ -194,7 +195,7 @@ static void forward_unit(
         if (!sees(a.mask, tile.block, key.block)) continue;
         const std::int64_t vectors = (key.rows + W - 1) / W;
         const Keys there(key.rows);
-        right_transposed(k, KEYS, words, at<const T>(a.k, b, key.first, h), a.k.token, key.rows, a.dim);
+        right_transposed(k, KEYS, wide_words, at<const T>(a.k, b, key.first, h), a.k.token, key.rows, a.dim);
         right(v, wide_dim, at<const T>(a.v, b, key.first, h), a.v.token, key.rows, a.dim);
         for (std::int64_t g = 0; g < n; g += GROUP) {
             const std::int64_t rows = n - g < GROUP ? n - g : GROUP;
@@ -240,13 +241,13 @@ static void forward_all(const Attention& a, int threads) {
 constexpr std::int64_t QUERIES = 64;
 
 // Weights and their gradients of a tile as the factors of the three products that take them: summed over the queries
-// (transposed: row stride 1, depth stride KEYS) and over the keys.
+// (`row` and `depth` are the strides) and over the keys.
 template <class M>
 struct Factors;
 
 template <>
 struct Factors<Single> {
-    static constexpr std::int64_t size = 2 * QUERIES * KEYS;
+    static constexpr std::int64_t size = 2 * QUERIES * KEYS, row = 1, depth = KEYS;
     float *weights, *over_queries, *over_keys;
     explicit Factors(Memory& memory) {
         weights = memory.take<float>(QUERIES * KEYS);
@@ -257,12 +258,13 @@ struct Factors<Single> {
         store(weights + row * KEYS + i * W, p[0]);
         store(over_keys + row * KEYS + i * W, g[0]);
     }
+    void finish(std::int64_t) const {}
 };
 
 #ifdef __AVX512BF16__
 template <>
 struct Factors<Pair> {
-    static constexpr std::int64_t size = 3 * QUERIES * KEYS / 2;
+    static constexpr std::int64_t size = 3 * QUERIES * KEYS / 2, row = 1, depth = KEYS;
     std::uint32_t *weights, *over_queries, *over_keys;
     explicit Factors(Memory& memory) {
         for (std::uint32_t** part : {&weights, &over_queries, &over_keys})
@@ -276,6 +278,38 @@ struct Factors<Pair> {
         auto* const to = reinterpret_cast<__m256i*>(over_keys + row * (KEYS / 2) + i * (W / 2));
         _mm256_storeu_si256(to, _mm512_castsi512_si256(slopes));
         _mm256_storeu_si256(to + KEYS / HALVES * 2, _mm512_extracti64x4_epi64(slopes, 1));
+    }
+    void finish(std::int64_t) const {}
+};
+#endif
+
+#ifdef ARD_AMX
+// A factor must have its summed dimension contiguous: pairs of queries by keys are transposed.
+template <>
+struct Factors<Amx> : Factors<Pair> {
+    static constexpr std::int64_t size = Factors<Pair>::size + QUERIES * KEYS, row = QUERIES / 2, depth = 1;
+    Factors<Pair> pairs;
+    explicit Factors(Memory& memory) : Factors<Pair>(memory), pairs(*this) {
+        weights = memory.take<std::uint32_t>(KEYS * row), over_queries = memory.take<std::uint32_t>(KEYS * row);
+    }
+    void put(std::int64_t r, int i, const vf (&p)[2], const vf (&g)[2]) const { pairs.put(r, i, p, g); }
+    void finish(std::int64_t rows) const {
+        turn(weights, pairs.weights, (rows + 1) / 2);
+        turn(over_queries, pairs.over_queries, (rows + 1) / 2);
+    }
+    static void turn(std::uint32_t* to, const std::uint32_t* from, std::int64_t count) {
+        for (std::int64_t first = 0; first < count; first += W)
+            for (std::int64_t key = 0; key < KEYS; key += W) {
+                vu square[W];
+#pragma GCC unroll 16
+                for (int i = 0; i < W; i++) {
+                    if (first + i < count) std::memcpy(&square[i], from + (first + i) * KEYS + key, sizeof(vu));
+                    else square[i] = vu{};
+                }
+                transpose(square);
+#pragma GCC unroll 16
+                for (int i = 0; i < W; i++) std::memcpy(to + (key + i) * row + first, &square[i], sizeof(vu));
+            }
     }
 };
 #endif
@@ -300,6 +334,7 @@ static inline void differentiate(
             factors.put(r, i, p, g);
         }
     }
+    factors.finish(rows);
 }
 
 template <class M, class T>
@@ -307,9 +342,10 @@ static void backward_unit(
     const Attention& a, const std::vector<Tile>& rows, const std::vector<Tile>& keys, std::int64_t b, std::int64_t h,
     Ahead& ahead) {
     typedef typename M::word word;
+    [[maybe_unused]] const typename M::Session session;
     const std::int64_t words = (a.dim + M::K - 1) / M::K, wide_words = up(words, W), wide_dim = up(a.dim, W);
     const std::int64_t many = rows.size(), left_size = QUERIES * wide_words, right_size = QUERIES / M::K * wide_dim;
-    const std::int64_t key_left = words * KEYS, key_right = KEYS / M::K * wide_dim, wide_keys = KEYS * wide_dim;
+    const std::int64_t key_left = wide_words * KEYS, key_right = KEYS / M::K * wide_dim, wide_keys = KEYS * wide_dim;
     Memory memory{static_cast<char*>(scratch(
         4 * (many * (2 * left_size + 2 * right_size + QUERIES * wide_dim + 2 * QUERIES) + 2 * key_left + key_right +
              2 * wide_keys + 2 * QUERIES * KEYS + Factors<M>::size) + 64 * 20))};
@@ -347,8 +383,8 @@ static void backward_unit(
         for (std::int64_t c = 0; c < many; c++) {
             if (!sees(a.mask, rows[c].block, key.block)) continue;
             if (!started) {
-                right_transposed(k_transposed, KEYS, words, k, a.k.token, key.rows, a.dim);
-                right_transposed(v_transposed, KEYS, words, v, a.v.token, key.rows, a.dim);
+                right_transposed(k_transposed, KEYS, wide_words, k, a.k.token, key.rows, a.dim);
+                right_transposed(v_transposed, KEYS, wide_words, v, a.v.token, key.rows, a.dim);
                 right(k_right, wide_dim, k, a.k.token, key.rows, a.dim);
             }
             const std::int64_t n = rows[c].rows, depth = (n + M::K - 1) / M::K, columns = wide_dim / W;
@@ -359,10 +395,10 @@ static void backward_unit(
             const float *l = lse + c * QUERIES, *d = delta + c * QUERIES;
             key.rows == KEYS ? differentiate<true>(factors, scores, gradients, n, factor, l, d, there, ahead)
                              : differentiate<false>(factors, scores, gradients, n, factor, l, d, there, ahead);
-            product<M>(dv, wide_dim, factors.weights, 1, KEYS, do_right + c * right_size, wide_dim, depth,
-                       key.rows, columns, started);
-            product<M>(dk, wide_dim, factors.over_queries, 1, KEYS, q_right + c * right_size, wide_dim, depth, key.rows,
-                       columns, started);
+            product<M>(dv, wide_dim, factors.weights, factors.row, factors.depth, do_right + c * right_size, wide_dim,
+                       depth, key.rows, columns, started);
+            product<M>(dk, wide_dim, factors.over_queries, factors.row, factors.depth, q_right + c * right_size,
+                       wide_dim, depth, key.rows, columns, started);
             product<M>(dq + c * QUERIES * wide_dim, wide_dim, factors.over_keys, KEYS / M::K, 1, k_right, wide_dim,
                        (key.rows + M::K - 1) / M::K, n, columns, true);
             started = true;
@@ -395,7 +431,9 @@ static void backward_all(const Attention& a, int threads) {
     });
 }
 
-#ifdef __AVX512BF16__
+#if defined(ARD_AMX)
+typedef Amx Half;
+#elif defined(__AVX512BF16__)
 typedef Pair Half;
 #else
 typedef Single Half;

@@ -11,14 +11,18 @@ namespace ARD_ISA {
 
 struct Single {
     typedef float word;
-    static constexpr int K = 1;  // summed elements of a word
+    struct Session {};                 // held while a thread computes
+    static constexpr int K = 1;        // summed elements of a word
+    static constexpr int GROUP = 24;   // rows whose products with a tile are in the nearest cache together
     static inline vf add_product(vf c, const float* a, vf b) { return c + *a * b; }
 };
 
 #ifdef __AVX512BF16__
 struct Pair {
     typedef std::uint32_t word;
+    struct Session {};
     static constexpr int K = 2;
+    static constexpr int GROUP = 24;
     static inline vf add_product(vf c, const std::uint32_t* a, vf b) {
         return bits<vf>(
             _mm512_dpbf16_ps(bits<__m512>(c), bits<__m512bh>(_mm512_set1_epi32(*a)), bits<__m512bh>(b)));
@@ -169,7 +173,8 @@ static inline void left(
         }
 }
 
-// x (rows, width) as the right factor, summed over the rows: (rows / K, ld), zeros where x ends.
+// x (rows, width) as the right factor, summed over the rows: (rows / K, ld), zeros where x ends; of pairs, up to a
+// whole number of W.
 template <class T>
 static inline void right(
     float* to, std::int64_t ld, const T* x, std::int64_t stride, std::int64_t rows,
@@ -189,10 +194,13 @@ static inline void right(
             _mm512_storeu_si512(to + r / 2 * ld + i, paired<0>(one, other));
             if (i + W < ld) _mm512_storeu_si512(to + r / 2 * ld + i + W, paired<W>(one, other));
         }
+    const std::int64_t end = (rows + 1) / 2;
+    if (end % W) std::memset(to + end * ld, 0, (W - end % W) * ld * sizeof *to);
 }
 #endif
 
-// x (rows, width) transposed as the right factor, summed over the columns of x: (words, ld), zeros where x ends.
+// x (rows, width) transposed as the right factor, summed over the columns of x: (words, ld), zeros where x ends; words
+// in whole vectors.
 template <class Word, class T>
 static inline void right_transposed(
     Word* to, std::int64_t ld, std::int64_t words, const T* x, std::int64_t stride, std::int64_t rows,
@@ -200,7 +208,7 @@ static inline void right_transposed(
     for (std::int64_t first = 0; first < rows; first += W)
         for (std::int64_t i = 0; i < words; i += W) {
             constexpr std::int64_t K = sizeof(Word) / sizeof(Element<Word>);
-            const std::int64_t many = rows - first < W ? rows - first : W, part = words - i < W ? words - i : W;
+            const std::int64_t many = rows - first < W ? rows - first : W;
             const T* p = x + first * stride + i * K;
             vu square[W];
             if (many == W && width - i * K >= W * K) {
@@ -210,7 +218,7 @@ static inline void right_transposed(
                 for (int r = 0; r < W; r++) square[r] = r < many ? words_at(to, p + r * stride, width - i * K) : vu{};
             }
             transpose(square);
-            for (std::int64_t k = 0; k < part; k++) std::memcpy(to + (i + k) * ld + first, &square[k], sizeof(vu));
+            for (std::int64_t k = 0; k < W; k++) std::memcpy(to + (i + k) * ld + first, &square[k], sizeof(vu));
         }
 }
 
