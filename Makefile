@@ -12,7 +12,7 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 CPU_BUILD := $(if $(HAS_GPU),,$(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)))
 TORCH_PACKAGE := torch==$(TORCH)$(if $(CPU_BUILD),+cpu --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: demo test test-slow test-gpu sanitize lint bench clean
+.PHONY: demo test test-slow test-install test-gpu sanitize lint bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) $(VENV)
@@ -42,6 +42,9 @@ test: $(VENV)/.developer
 
 test-slow: $(VENV)/.developer
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-install: $(VENV)/.developer
+	$(BIN)/python -m pytest -m install $(ARGS) tests/test_installation.py
 
 test-gpu: $(VENV)/.developer
 	$(BIN)/python -m pytest -m gpu $(ARGS)

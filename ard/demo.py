@@ -13,10 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -234,12 +230,12 @@ def _plot(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.tight_layout()
     figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
     return buffer.getvalue()
 
 
 def _curves_figure(curves: dict[str, list[dict[str, Any]]], teacher: float) -> bytes:
-    figure, axes = plt.subplots(figsize=(6, 3.5))
+    figure = Figure(figsize=(6, 3.5))
+    axes = figure.subplots()
     for name, points in curves.items():
         axes.plot(
             [p["step"] for p in points], [p["student"]["frechet"] for p in points], marker="o", label=name
@@ -251,7 +247,8 @@ def _curves_figure(curves: dict[str, list[dict[str, Any]]], teacher: float) -> b
 
 
 def _loss_figure(runs: dict[str, Path]) -> bytes:
-    figure, panels = plt.subplots(1, len(runs), figsize=(10, 3.5), sharey=True)
+    figure = Figure(figsize=(10, 3.5))
+    panels = figure.subplots(1, len(runs), sharey=True)
     for axes, (name, folder) in zip(panels, runs.items(), strict=True):
         log = read_log(folder)
         for s in range(len(log[0]["terms"])):
@@ -265,7 +262,8 @@ def _loss_figure(runs: dict[str, Path]) -> bytes:
 
 
 def _error_figure(rows: list[dict[str, Any]]) -> bytes:
-    figure, axes = plt.subplots(figsize=(6, 3.5))
+    figure = Figure(figsize=(6, 3.5))
+    axes = figure.subplots()
     for row in rows[1:]:
         axes.plot(range(1, len(row["errors"]) + 1), row["errors"], marker="o", label=row["name"])
     axes.set(

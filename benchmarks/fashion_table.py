@@ -21,12 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import tyro
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from ard.assets import ASSETS
@@ -124,6 +121,8 @@ class TableConfig:
     """Of the rows that carry a claim; the others have one."""
     rows: tuple[str, ...] = ()
     """Only these, by key (as in the folder); default: all."""
+    compile: bool = True
+    """torch.compile the regression."""
     jobs: int = 2
     """Students trained side by side, with one thread each."""
     points: int = 4
@@ -150,8 +149,8 @@ def _optimisation(config: TableConfig, seed: int, gan: bool) -> Optimisation:
     return Optimisation(
         iterations=iterations, batch_size=config.batch_size, lr=1e-4 if gan else 1e-3,
         lr_schedule="constant" if gan else "cosine", warmup=0 if gan else 100, ema=0.998,
-        compile=not gan, checkpoint_every=every, keep_checkpoints=config.points, sample_every=every,
-        seed=seed,
+        compile=config.compile and not gan, checkpoint_every=every, keep_checkpoints=config.points,
+        sample_every=every, seed=seed,
     )  # fmt: skip
 
 
@@ -289,7 +288,8 @@ def _markdown(result: dict[str, Any]) -> str:
 
 def _pictures(config: TableConfig, result: dict[str, Any]) -> None:
     rows, base = [row for row in result["rows"] if row["curves"]], _base(result)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.35 * len(rows) + 2))
+    figure = Figure(figsize=(12, 0.35 * len(rows) + 2))
+    left, right = figure.subplots(1, 2)
     names = [f"{row['name']}, S = {row['steps']}" for row in rows]
     for i, row in enumerate(rows):
         gan, values = "GAN" in row["name"], [s["frechet"] - base for s in row["seeds"]]
@@ -309,7 +309,6 @@ def _pictures(config: TableConfig, result: dict[str, Any]) -> None:
     right.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(config.out / "table.png", dpi=110)
-    plt.close(figure)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_step                     # DiT-S/2, S = 4, N = 6, batch 4, bf16 autocast
     python -m benchmarks.train_step --compile           # both under torch.compile
+    python -m benchmarks.train_step --profile           # what the student's step spends its time on
 
 A step is forward, mean squared error, backward and a fused AdamW step. Both sides have the same weights,
 precision and optimiser; outputs and gradients are compared in float32 before anything is timed.
@@ -191,6 +192,32 @@ def training_step(
     return step
 
 
+# Names of operators, or how they begin; the first group that knows one has it.
+_PARTS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_convolution"),
+    "attention": ("ard_kernels::block_attention", "GeneratedBackwardFor_ard_kernels_block_attention"),
+    "adaLN, gated residual": ("ard_kernels::", "GeneratedBackwardFor_ard_kernels"),
+    "GELU": ("aten::gelu",),
+    "optimiser": ("aten::_fused_adamw",),
+    "casts, copies, zeros": ("aten::copy_", "aten::cat", "aten::fill_"),
+    "gradients of biases": ("aten::sum",),
+}
+
+
+def profile(step: Callable[[], None], repeats: int) -> dict[str, float]:
+    """Shares of a step's time by part. What the profiler itself costs is among them."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(repeats):
+            step()
+    parts = dict.fromkeys([*_PARTS, "the rest"], 0.0)
+    for event in profiler.key_averages():
+        known = (part for part, names in _PARTS.items() if event.key.startswith(names))
+        parts[next(known, "the rest")] += event.self_cpu_time_total
+    total = sum(parts.values())
+    return {part: time / total for part, time in parts.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -201,6 +228,7 @@ def main() -> None:
     parser.add_argument("--history", type=int, default=6, help="N, the history layers")
     parser.add_argument("--mask", default="causal", choices=MASKS)
     parser.add_argument("--compile", action="store_true", help="torch.compile both")
+    parser.add_argument("--profile", action="store_true", help="on CPU: time by part of the student's step")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -216,9 +244,10 @@ def main() -> None:
     _assert_same_function(student, states[:1], targets[:1], labels[:1])
 
     plain = StraightforwardARD(student, torch.bfloat16)
+    step = training_step(student, states, targets, labels, options.compile)
     seconds = medians(
         {
-            "ard": training_step(student, states, targets, labels, options.compile),
+            "ard": step,
             "straightforward": training_step(plain, states, targets, labels, options.compile),
         },
         options.repeats,
@@ -231,11 +260,14 @@ def main() -> None:
     for name, value in seconds.items():
         print(f"  {name:<16} {1e3 * value:9.1f} ms a step")
     print(f"  {ratio:.2f}x faster")
+    parts = profile(step, options.repeats) if options.profile else {}
+    for part, share in parts.items():
+        print(f"  {part:<24} {100 * share:5.1f} %")
     name = f"train_step-{device.type}{'-compile' if options.compile else ''}.json"
     write_json(
         options.out or RESULTS / name,
         {"options": {k: v for k, v in vars(options).items() if k != "out"}, "seconds": seconds,
-         "ratio": ratio, "environment": environment()},
+         "ratio": ratio, **({"profile": parts} if parts else {}), "environment": environment()},
     )  # fmt: skip
 
 

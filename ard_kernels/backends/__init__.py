@@ -13,9 +13,10 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ _ENVIRONMENT = "ARD_KERNELS_BACKEND"
 _OLDEST = (8, 0)  # compute capability: bf16 matrix instructions and asynchronous copies
 _PREFERRED = {"cpu": ("native", "eager"), "cuda": ("triton", "eager")}  # by device; eager elsewhere
 _forced: list[str] = []
+_Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,17 @@ def implementations(family: str) -> dict[str, ModuleType]:
     return {name: importlib.import_module(f"ard_kernels.backends.{family}_{name}") for name in names}
 
 
-# torch.compile takes the answer as a constant: it could not trace how Triton reads its settings.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def constant(function: _Function) -> _Function:
+    """torch.compile takes the function's answer as a constant.
+
+    This is all that `torch.compiler.assume_constant_result` does, which imports torch._dynamo for it: two
+    seconds for everyone who imports this package.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant  # it could not trace how Triton reads its settings
 def triton_device_reason(device: str) -> str | None:
     """Why Triton cannot work on a kind of device, or None. Meta tensors only want to know shapes."""
     if device == "meta":

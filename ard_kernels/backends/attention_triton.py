@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ard_kernels.backends import triton_device_reason
+from ard_kernels.backends import constant, triton_device_reason
 from ard_kernels.compile_report import Production
 from ard_kernels.layout import BlockLayout, Mask
 from ard_kernels.tune import Launch, key, tuned
@@ -41,7 +41,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2E = math.log2(math.e)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _demands_float32() -> bool:
     return torch.get_float32_matmul_precision() == "highest"
 

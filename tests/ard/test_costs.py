@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,6 @@ from ard.costs import (
     count_sampling,
     count_training_pass,
     dit_macs,
-    published_table,
     run,
     student_macs,
 )
@@ -36,8 +36,18 @@ _ODD = {
 
 
 @pytest.fixture(scope="module")
-def table() -> list[Row]:
-    return published_table()
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the command prints and what it writes."""
+    folder = tmp_path_factory.mktemp("costs")
+    with (folder / "printed").open("w") as printed, contextlib.redirect_stdout(printed):
+        run(FlopsConfig(out=folder / "new" / "flops.json"))
+    return folder
+
+
+@pytest.fixture
+def table(output: Path) -> list[Row]:
+    written = json.loads((output / "new" / "flops.json").read_text())
+    return [Row(**row) for row in written["published_table"]]
 
 
 def _meta_dit(**options: object) -> DiT:
@@ -95,14 +105,13 @@ def test_more_history_costs_more() -> None:
     assert all(a < b for a, b in pairwise(costs))
 
 
-def test_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(FlopsConfig(out=tmp_path / "new" / "flops.json"))
-    printed = capsys.readouterr().out
+def test_command_prints_and_writes(output: Path) -> None:
+    printed = (output / "printed").read_text()
     assert all(f"{row.gmacs:.1f}" in printed for row in PUBLISHED)
-    written = json.loads((tmp_path / "new" / "flops.json").read_text())
+    written = json.loads((output / "new" / "flops.json").read_text())
     assert len(written["published_table"]) == len(PUBLISHED)
     assert written["model"]["macs"]["total"] == written["model"]["counted"]["sampling"]
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["flops.json"]
+    assert [p.name for p in (output / "new").iterdir()] == ["flops.json"]
 
 
 def test_command_for_another_model(capsys: pytest.CaptureFixture[str]) -> None:

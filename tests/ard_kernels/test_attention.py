@@ -69,7 +69,7 @@ def _check(
 
 def _examples(backend: str) -> settings:
     """Triton's interpreter takes some 30 ms for every program."""
-    return settings(max_examples=6 if backend == "triton" else 30)
+    return settings(max_examples=4 if backend == "triton" else 30)
 
 
 @pytest.mark.parametrize("mask", MASKS)
