@@ -58,7 +58,7 @@ RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(or $(CXX),c++) -print-file
 
 sanitize: export PATH := $(abspath $(BIN)):$(PATH)
 sanitize: $(VENV)/.developer
-	cmake -G Ninja -S . -B $(SANITIZED)/cmake -DARD_SANITIZE=address,undefined -DARD_EMULATE_AMX=ON \
+	cmake -G Ninja -S . -B $(SANITIZED)/cmake -DARD_SANITIZE=address,undefined -DARD_EMULATE_AMX=ON -DARD_CUDA=off \
 	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR=$$(python -m pybind11 --cmakedir)
 	cmake --build $(SANITIZED)/cmake
 	rm -rf $(SANITIZED)/ard_kernels && cp -r ard_kernels $(SANITIZED)/ && cp $(SANITIZED)/cmake/_C.* $(SANITIZED)/ard_kernels/

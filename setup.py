@@ -1,12 +1,14 @@
 """Builds ard_kernels._C with CMake and ninja; everything else is in pyproject.toml.
 
 Without a C++ compiler the package is installed all the same, without compiled kernels, and
-`python -m ard_kernels` says why. ARD_KERNELS_NATIVE=off leaves them out, =on makes a failure an error.
+`python -m ard_kernels` says why. ARD_KERNELS_NATIVE=off leaves them out, =on makes a failure an error;
+ARD_KERNELS_CUDA likewise for those that need nvcc, for the GPUs named by ARD_KERNELS_CUDA_ARCHS ("80 90").
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,15 +20,12 @@ from setuptools.command.build_ext import build_ext
 
 _ROOT = Path(__file__).parent.resolve()
 _CHOICES = ("auto", "on", "off")
+_ARCHITECTURES, _OLDEST = "80;90;100", 80  # of NVIDIA GPUs that the CUDA kernels are made for
 
 
 class _CMake(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        choice = os.environ.get("ARD_KERNELS_NATIVE", "auto")
-        if choice not in _CHOICES:
-            raise SystemExit(
-                f"environment variable ARD_KERNELS_NATIVE is {choice!r}, accepted are {', '.join(_CHOICES)}"
-            )
+        choice, cuda = _choice("ARD_KERNELS_NATIVE"), _choice("ARD_KERNELS_CUDA")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         absent = target.parent / "_C.absent"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -35,15 +34,15 @@ class _CMake(build_ext):
         try:
             if choice == "off":
                 raise RuntimeError("switched off by ARD_KERNELS_NATIVE when the package was installed")
-            self._build(target)
+            self._build(target, cuda)
         except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
-            if choice == "on":
+            if "on" in (choice, cuda):
                 raise
             reason = _one_line(error)
             absent.write_text(reason + "\n")
             print(f"ard_kernels: no compiled kernels: {reason}", file=sys.stderr)
 
-    def _build(self, target: Path) -> None:
+    def _build(self, target: Path, cuda: str) -> None:
         import pybind11
 
         # Of this Python, kept: a second installation compiles what has changed.
@@ -53,11 +52,36 @@ class _CMake(build_ext):
             "cmake", "-G", "Ninja", "-S", _ROOT, "-B", build,
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_MAKE_PROGRAM={_ninja()}",
-            f"-DARD_SANITIZE={os.environ.get('ARD_KERNELS_SANITIZE', '')}",
+            f"-DARD_CUDA={cuda}", f"-DARD_CUDA_ARCHS={_architectures()}",
         )  # fmt: skip
         _run("cmake", "--build", build)
         (built,) = build.glob("_C.*" + target.suffix)
         self.copy_file(str(built), str(target))
+
+
+def _choice(name: str) -> str:
+    choice = os.environ.get(name, "auto")
+    if choice not in _CHOICES:
+        raise SystemExit(f"environment variable {name} is {choice!r}, accepted are {', '.join(_CHOICES)}")
+    return choice
+
+
+def _architectures() -> str:
+    """Those of the environment variable, else of the GPUs that are here, else all that kernels are made for."""
+    given = os.environ.get("ARD_KERNELS_CUDA_ARCHS")
+    if given is not None:
+        names = given.replace(",", " ").replace(";", " ").split()
+        if not names or not all(re.fullmatch(r"[0-9]+[af]?", name) for name in names):
+            raise SystemExit(f"environment variable ARD_KERNELS_CUDA_ARCHS is {given!r}, accepted are compute "
+                             "capabilities such as '80 90 100'")  # fmt: skip
+        return ";".join(names)
+    try:
+        seen = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
+                              capture_output=True, text=True, check=True).stdout  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        seen = ""
+    found = {int(line.replace(".", "")) for line in seen.split() if re.fullmatch(r"[0-9]+[.][0-9]", line)}
+    return ";".join(str(name) for name in sorted(found) if name >= _OLDEST) or _ARCHITECTURES
 
 
 def _ninja() -> Path:

@@ -15,6 +15,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cuda/launch.h"
 
 namespace py = pybind11;
 
@@ -108,10 +109,9 @@ void attention(
     (backward ? chosen->attention_backward : chosen->attention_forward)(a, threads);
 }
 
-void adaln(
-    bool backward, std::int64_t batch, std::int64_t width, const std::vector<std::int64_t>& lengths, float eps,
-    const std::vector<Given>& tensors, std::uintptr_t mean, std::uintptr_t rstd, int threads) {
-    const Blocks blocks(lengths);
+Adaln adaln_arguments(
+    std::int64_t batch, std::int64_t width, const Blocks& blocks, float eps, const std::vector<Given>& tensors,
+    std::uintptr_t mean, std::uintptr_t rstd) {
     Adaln a{batch, width, blocks.layout(), eps, {}, {}, {}, {}, {}, {}, {}, nullptr, nullptr,
             {}, {}, {}, {}, {}, {}, {}};
     Tensor* const slots[] = {&a.x, &a.branch, &a.gate, &a.shift, &a.scale, &a.residual, &a.y,
@@ -119,9 +119,30 @@ void adaln(
     for (std::size_t i = 0; i < tensors.size() && i < 14; i++) *slots[i] = tensor(tensors[i]);
     a.mean = reinterpret_cast<float*>(mean);
     a.rstd = reinterpret_cast<float*>(rstd);
+    return a;
+}
+
+void adaln(
+    bool backward, std::int64_t batch, std::int64_t width, const std::vector<std::int64_t>& lengths, float eps,
+    const std::vector<Given>& tensors, std::uintptr_t mean, std::uintptr_t rstd, int threads) {
+    const Blocks blocks(lengths);
+    const Adaln a = adaln_arguments(batch, width, blocks, eps, tensors, mean, rstd);
     const py::gil_scoped_release unlocked;
     (backward ? chosen->adaln_backward : chosen->adaln_forward)(a, threads);
 }
+
+#ifdef ARD_HAS_CUDA
+void adaln_cuda(
+    bool backward, bool clusters, std::int64_t batch, std::int64_t width, const std::vector<std::int64_t>& lengths,
+    float eps, const std::vector<Given>& tensors, std::uintptr_t mean, std::uintptr_t rstd, std::uintptr_t partial,
+    std::uintptr_t stream) {
+    const Blocks blocks(lengths);
+    const Adaln a = adaln_arguments(batch, width, blocks, eps, tensors, mean, rstd);
+    const char* error = cuda::adaln(
+        a, reinterpret_cast<float*>(partial), backward, clusters, reinterpret_cast<void*>(stream));
+    if (error != nullptr) throw std::runtime_error(error);
+}
+#endif
 
 }  // namespace
 }  // namespace ard
@@ -130,6 +151,11 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of ard_kernels.";
     m.def("attention", &ard::attention);
     m.def("adaln", &ard::adaln);
+#ifdef ARD_HAS_CUDA
+    m.def("adaln_cuda", &ard::adaln_cuda);
+#else
+    m.attr("no_cuda") = ARD_NO_CUDA;
+#endif
     m.def("threaded", &ard::threaded);
     m.def("instruction_set", [] { return std::string(ard::chosen->name); });
     m.def("instruction_sets", [] {

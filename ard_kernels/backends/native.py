@@ -32,11 +32,23 @@ def _load() -> tuple[ModuleType | None, str]:
             raise ValueError(f"environment variable {_ENVIRONMENT} is {name!r}, accepted here are "
                              f"{', '.join(module.instruction_sets())}")  # fmt: skip
         module.use_instruction_set(name)
-    return module, f"compiled kernels for CPU, {module.instruction_set()}"
+    cuda = f"none: {module.no_cuda}" if hasattr(module, "no_cuda") else "adaLN"
+    return module, f"compiled kernels for CPU ({module.instruction_set()}) and for CUDA ({cuda})"
 
 
 C, REASON = _load()
 _AVAILABLE = C is not None
+
+
+def _cuda_reason() -> str | None:
+    """Why there are no compiled kernels for CUDA here, or None."""
+    if C is None:
+        return REASON
+    reason: str | None = getattr(C, "no_cuda", None)
+    return reason and f"compiled without kernels for CUDA: {reason}"
+
+
+CUDA_REASON = _cuda_reason()
 
 
 def supports(*tensors: Tensor) -> str | None:
