@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -29,7 +30,8 @@ def _info() -> int:
 
 def _report(architectures: list[int], only: str, path: Path | None) -> int:
     rows: list[compile_report.Compiled] = []
-    for row in compile_report.compile_all(architectures, only):
+    built = (r for r in compile_report.built_for_cuda() if r.arch in architectures and only in r.name)
+    for row in itertools.chain(compile_report.compile_all(architectures, only), built):
         text = compile_report.table([row]).splitlines()
         print(*(text if not rows else text[1:]), sep="\n", flush=True)
         rows.append(row)

@@ -1,10 +1,12 @@
-"""What the Triton kernels compile to, on a machine that needs no GPU.
+"""What the Triton and CUDA kernels compile to, on a machine that needs no GPU.
 
     python -m ard_kernels compile-report [--arch 90] [--json FILE]
 
-Every production configuration is compiled ahead of time and its machine code read with the cuobjdump that
-Triton carries: registers a thread, spilled bytes, stack, shared memory, and the number of warpgroup matrix
-instructions (HGMMA, sm_90). A kernel that spills or misses the tensor cores is found here.
+Every production configuration of the Triton kernels is compiled ahead of time and its machine code read with
+the cuobjdump that Triton carries: registers a thread, spilled bytes, stack, shared memory, and the number of
+warpgroup matrix instructions (HGMMA, sm_90). The CUDA kernels are read from ard_kernels._C, for the
+architectures that they were built for; their dynamic shared memory, (3, D) floats at most, is not counted. A
+kernel that spills or misses the tensor cores is found here.
 """
 
 from __future__ import annotations
@@ -118,6 +120,52 @@ def compile_one(production: Production, arch: int) -> Compiled:
         narrow_loads=sum(bool(re.search(r"\.[US](8|16)\b", f".{load}")) for load in loads),
         warnings=tuple(sorted(set(re.findall(r"C75\d\d[^\n]*", messages)))),
     )
+
+
+_TYPES = {"f": "fp32", "NS0_4HalfE": "bf16", "S2_": "bf16"}
+_KERNEL = re.compile(r"4cuda\d+(forward|backward|add_slices)I(.*?)EEv")
+
+
+def _cuda_name(mangled: str) -> tuple[str, int]:
+    """A CUDA kernel's name for readers, and its most warps."""
+    match = _KERNEL.search(mangled)
+    if match is None:
+        return mangled, 0
+    kind, rest = match.groups()
+    names = [_TYPES[part] for part in re.findall(r"f|NS0_4HalfE|S2_", rest.partition("L")[0])]
+    numbers = [int(n) for n in re.findall(r"L[ib](\d+)E", rest + "E")]
+    if kind == "add_slices":
+        return f"adaln cuda add_slices {names[0]}", 8
+    types = "bf16" if names == ["bf16", "bf16"] else "/".join(names)
+    if kind == "forward":
+        vectors, gate, norm = numbers
+        return f"adaln cuda forward D={128 * vectors} {types}{' gate' * gate}{' norm' * norm}", 4
+    _, gate, norm, cluster, threads = numbers
+    size = f"D<={8 * threads}{' cluster' * cluster}"
+    return f"adaln cuda backward {size} {types}{' gate' * gate}{' norm' * norm}", threads // 32
+
+
+def built_for_cuda() -> Iterator[Compiled]:
+    """The CUDA kernels of ard_kernels._C, on every architecture that they were built for; none without."""
+    import triton
+
+    from ard_kernels.backends import native
+
+    if native.CUDA_REASON is not None:
+        return
+    assert native.C is not None
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    arch, name = 0, ""
+    for line in _run(cuobjdump, "--dump-resource-usage", str(native.C.__file__)).splitlines():
+        if found := re.match(r"arch = sm_(\d+)", line):
+            arch = int(found.group(1))
+        elif found := re.match(r" *Function (\S+):", line):
+            name = found.group(1)
+        elif "REG:" in line:
+            counts = {key: int(n) for key, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+            readable, warps = _cuda_name(name)
+            yield Compiled(readable, arch, warps, counts["REG"], counts["LOCAL"], counts["STACK"],
+                           counts["SHARED"], 0, 0, 0)  # fmt: skip
 
 
 def _run(tool: Path, *arguments: str | Path) -> str:

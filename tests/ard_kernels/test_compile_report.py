@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ard_kernels.backends import native
 from ard_kernels.compile_report import ARCHITECTURES, SHARED_LIMIT, Compiled, faults, table
 
 needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux alone")
@@ -42,6 +43,8 @@ def test_every_kernel_is_fit_for_every_architecture(tmp_path: Path) -> None:
             "adaln backward",
         ):
             assert any(kernel in name for name in names), kernel
+        built = any(name.startswith("adaln cuda backward") for name in names)
+        assert built == (native.CUDA_REASON is None), "the CUDA kernels are built for every architecture"
         for row in of_arch:
             assert row["spilled"] == row["stack"] == 0
             assert row["shared"] <= SHARED_LIMIT[arch]
@@ -53,6 +56,7 @@ def test_every_kernel_is_fit_for_every_architecture(tmp_path: Path) -> None:
 _SPILLS = """
 import torch
 from ard_kernels.backends.attention_triton import Launch, production
+from ard_kernels.backends import native
 from ard_kernels.compile_report import compile_one, faults
 print(faults(compile_one(production("dkv", 72, torch.bfloat16, Launch(128, 128, 8, 2)), 90)))
 """
