@@ -27,6 +27,7 @@ from common import RESULTS, ROOT, environment, medians, write_json
 
 import ard_kernels
 from ard_kernels import BlockLayout, block_attention, reference, use_backend
+from ard_kernels.backends import implementations
 from ard_kernels.layout import MASKS, Mask
 from benchmarks.suite.attention import Shape
 
@@ -43,8 +44,11 @@ SHAPES = {
 REPEATS = 7
 
 
-def _available() -> list[str]:
-    return [name for name, status in ard_kernels.backends().items() if status.available]
+def _takers(q: Tensor) -> list[str]:
+    """The backends that take attention of such tensors here, the chosen one first."""
+    found = [name for name, module in implementations("attention").items()
+             if ard_kernels.backends()[name].available and module.supports(q, q, q) is None]  # fmt: skip
+    return sorted(found, key=lambda name: name == "eager")
 
 
 def _forward_backward(
@@ -71,7 +75,7 @@ def check(device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
                 tuple(x.double() for x in inputs),
                 dout.to(device).double(),
             )
-            for backend in _available():
+            for backend in _takers(inputs[0]):
                 with use_backend(backend):
                     got = _forward_backward(
                         lambda *x, m=mask: block_attention(*x, layout, m), inputs, dout.to(device)
@@ -112,7 +116,7 @@ def _flex(layout: BlockLayout, mask: Mask, device: str) -> Callable[..., Tensor]
     )
 
 
-def _candidates(layout: BlockLayout, mask: Mask, device: str) -> dict[str, Callable[..., Tensor]]:
+def _candidates(layout: BlockLayout, mask: Mask, q: Tensor) -> dict[str, Callable[..., Tensor]]:
     def ours(backend: str) -> Callable[..., Tensor]:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with use_backend(backend):
@@ -120,13 +124,14 @@ def _candidates(layout: BlockLayout, mask: Mask, device: str) -> dict[str, Calla
 
         return attend
 
-    dense = layout.mask(mask, device)
+    dense = layout.mask(mask, q.device)
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=dense).transpose(1, 2)
 
-    return {**{name: ours(name) for name in _available()}, "sdpa": sdpa, "flex": _flex(layout, mask, device)}
+    flex = _flex(layout, mask, q.device.type)
+    return {**{name: ours(name) for name in _takers(q)}, "sdpa": sdpa, "flex": flex}
 
 
 def _reason(error: BaseException) -> str:
@@ -146,7 +151,7 @@ def measure(shape: Shape, mask: Mask, device: str, dtype: torch.dtype) -> dict[s
     row: dict[str, Any] = {"shape": asdict(shape), "mask": mask, "reasons": {}}
     for phase in ("forward", "forward_backward"):
         runs: dict[str, Callable[[], object]] = {}
-        for name, attend in _candidates(layout, mask, device).items():
+        for name, attend in _candidates(layout, mask, inputs[0]).items():
 
             def run(attend: Callable[..., Tensor] = attend, phase: str = phase) -> object:
                 if phase == "forward_backward":

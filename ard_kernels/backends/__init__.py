@@ -23,7 +23,7 @@ from torch import Tensor
 
 _ENVIRONMENT = "ARD_KERNELS_BACKEND"
 _OLDEST = (8, 0)  # compute capability: bf16 matrix instructions and asynchronous copies
-_PREFERRED = {"cpu": ("native", "eager"), "cuda": ("triton", "eager")}  # by device; eager elsewhere
+PREFERRED = {"cpu": ("native", "eager"), "cuda": ("triton", "eager")}  # by device; eager elsewhere
 _forced: list[str] = []
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
@@ -144,7 +144,7 @@ def choose(where: str, modules: dict[str, ModuleType], *tensors: Tensor) -> str:
             raise ValueError(f"{where}: backend {demanded!r} cannot be used: {reason}")
         return demanded
     device = tensors[0].device.type
-    for name in _PREFERRED.get(device, ("eager",)):
+    for name in PREFERRED.get(device, ("eager",)):
         reason = modules[name].supports(*tensors) if name in modules else "it is not installed"
         if reason is None:
             return name

@@ -109,7 +109,7 @@ def compare(rec: Recorder, shape: Shape) -> None:
     exact = {phase: prepared(plain, [tuple(x.float() for x in first)], phase)(0)() for phase in PHASES}
     torch.compiler.reset()
     ready: dict[str, dict[str, Prepare]] = {phase: {} for phase in PHASES}
-    for name, (build, seconds) in candidates(shape, rec.device, backends()).items():
+    for name, (build, seconds) in candidates(shape, rec.device, backends(rec.device, "adaln")).items():
         mine = name.startswith("ours")
         norm = rec.attempt(f"{shape} {name}", build, seconds, mine)
         if norm is None:
@@ -186,11 +186,12 @@ def compare_in_block(rec: Recorder, shape: Shape, heads: int) -> None:
     ready: dict[str, Prepare] = {}
     # The backend is chosen around the compiled code, as a program does, not inside.
     fused: Norm = partial(gated_residual_adaln, layout=layout)
-    for name, norm in ((f"ours ({backends()[0]})", fused), ("pytorch", plain)):
+    best = backends(rec.device, "adaln")[0]
+    for name, norm in ((f"ours ({best})", fused), ("pytorch", plain)):
 
         def build(norm: Norm = norm) -> Prepare:
             # fullgraph: the block's attention is our operator in both, and must not break the graph.
-            with use_backend(backends()[0]):
+            with use_backend(best):
                 prepare = prepare_with(compiled(through(norm), rec.device, dynamic=False, fullgraph=True))
                 prepare(0)()
             return prepare
@@ -198,7 +199,7 @@ def compare_in_block(rec: Recorder, shape: Shape, heads: int) -> None:
         made = rec.attempt(f"compiled block, {name}", build, 15, ours=name.startswith("ours"))
         if made is not None:
             ready[f"{name}, compiled block"] = made
-    with use_backend(backends()[0]):
+    with use_backend(best):
         times = {name: asdict(time) for name, time in measure(ready, rec.device).items()}
     _row(rec, f"{shape}, whole DiT block", "forward + backward", times)
 

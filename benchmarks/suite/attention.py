@@ -352,7 +352,7 @@ def attention(rec: Recorder) -> None:
     """The most telling comparisons first: what is left out when time runs out is the least."""
 
     def ours(shape: Shape, mask: Mask) -> list[Candidate]:
-        return [our_candidate(name, shape.layout, mask) for name in backends()]
+        return [our_candidate(name, shape.layout, mask) for name in backends(rec.device, "attention")]
 
     def everything(shape: Shape, mask: Mask) -> None:
         flex = flex_candidate(shape, mask, rec.device)

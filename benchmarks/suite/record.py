@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 import ard_kernels
+from ard_kernels.backends import PREFERRED, native
 from benchmarks.common import write_json
 
 T = TypeVar("T")
@@ -100,10 +101,13 @@ def reason(error: BaseException | str) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
-def backends() -> list[str]:
-    """Those that exist here, our best first."""
+def backends(device: str, family: str) -> list[str]:
+    """Those that have the family, "attention" or "adaln", on that device, the one that is chosen first."""
     available = [name for name, status in ard_kernels.backends().items() if status.available]
-    return sorted(available, key=lambda name: name == "eager")
+    if device == "cuda" and (family == "attention" or native.CUDA_REASON is not None):
+        available = [name for name in available if name != "native"]
+    preferred = PREFERRED[device]
+    return sorted(available, key=lambda name: (name == "eager", name not in preferred))
 
 
 def compiled(function: Callable[..., Any], device: str, **options: Any) -> Callable[..., Any]:

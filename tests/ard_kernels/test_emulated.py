@@ -56,12 +56,17 @@ def amx(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_native, "C", emulated)
 
 
-@pytest.fixture(params=[True, False], ids=["clusters", "partial sums"])
-def cuda(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """The adaLN family's CUDA kernels, on the CPU's memory."""
+@pytest.fixture(params=["clusters", "partial sums", pytest.param("device", marks=pytest.mark.gpu)])
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The adaLN family's CUDA kernels, on the CPU's memory or on a GPU; where their tensors are."""
+    if request.param == "device":
+        assert native.CUDA_REASON is None, native.CUDA_REASON
+        return "cuda"
+    emulated = request.getfixturevalue("emulated")
     monkeypatch.setattr(native, "C", emulated)
     monkeypatch.setattr(adaln_native, "_on_cuda", lambda x: True)
-    monkeypatch.setattr(adaln_native, "_device", lambda x: (request.param, 0))
+    monkeypatch.setattr(adaln_native, "_device", lambda x: (request.param == "clusters", 0))
+    return "cpu"
 
 
 @pytest.mark.usefixtures("amx")
@@ -82,10 +87,12 @@ def test_attention_in_tiles_of_amx(
     assert_accurate(*results, 3.0)
 
 
-def _inputs(layout: BlockLayout, width: int, stream: torch.dtype, other: torch.dtype) -> list[Tensor]:
+def _inputs(
+    device: str, layout: BlockLayout, width: int, stream: torch.dtype, other: torch.dtype
+) -> list[Tensor]:
     """x, branch, and gate, shift and scale as views of a packed table."""
-    x, branch = normal(2, 2, layout.total, width, dtype=stream).unbind(0)
-    tables = normal(2, layout.blocks, 6, width, dtype=other, seed=1).unbind(2)[1:4]
+    x, branch = normal(2, 2, layout.total, width, dtype=stream).to(device).unbind(0)
+    tables = normal(2, layout.blocks, 6, width, dtype=other, seed=1).to(device).unbind(2)[1:4]
     return [x, branch.to(other), *tables]
 
 
@@ -98,18 +105,18 @@ def _meaning(
     return [*(o.detach() for o in out), *found]
 
 
-@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize(("stream", "other"), _PAIRS, ids=str)
 @pytest.mark.parametrize(("layout", "width"), [(_RAGGED, 384), (_SHORT, 1152), (_SHORT, 1536)], ids=str)
 def test_adaln_on_cuda(
+    cuda: str,
     assert_accurate: Callable[..., None],
     layout: BlockLayout,
     width: int,
     stream: torch.dtype,
     other: torch.dtype,
 ) -> None:
-    x, branch, gate, _, scale = inputs = _inputs(layout, width, stream, other)
-    douts = list(normal(2, *x.shape, dtype=torch.bfloat16, seed=2).unbind(0))
+    x, branch, gate, _, scale = inputs = _inputs(cuda, layout, width, stream, other)
+    douts = list(normal(2, *x.shape, dtype=torch.bfloat16, seed=2).to(cuda).unbind(0))
     residual, y, mean, rstd = adaln_native.gated_residual_adaln_forward(*inputs, layout, 1e-6, other)
     back = adaln_native.gated_residual_adaln_backward(
         douts[0].to(stream), douts[1].to(other), residual, branch, gate, scale, mean, rstd, layout
@@ -122,11 +129,10 @@ def test_adaln_on_cuda(
     assert all(torch.isfinite(value).all() for value in (mean, rstd))
 
 
-@pytest.mark.usefixtures("cuda")
-def test_the_parts_on_cuda() -> None:
+def test_the_parts_on_cuda(cuda: str) -> None:
     """The operators of the family are the fused one's parts, to the bit."""
-    x, branch, gate, shift, scale = inputs = _inputs(_RAGGED, 384, torch.float32, torch.bfloat16)
-    dx, dy = normal(2, *x.shape, seed=2).unbind(0)
+    x, branch, gate, shift, scale = inputs = _inputs(cuda, _RAGGED, 384, torch.float32, torch.bfloat16)
+    dx, dy = normal(2, *x.shape, seed=2).to(cuda).unbind(0)
     dy = dy.bfloat16()
     residual, y, mean, rstd = adaln_native.gated_residual_adaln_forward(
         *inputs, _RAGGED, 1e-6, torch.bfloat16
@@ -143,8 +149,7 @@ def test_the_parts_on_cuda() -> None:
     assert all(torch.equal(a, b) for a, b in zip(pair, (dbranch, dgate), strict=True))
 
 
-@pytest.mark.usefixtures("cuda")
-def test_a_width_without_a_kernel_is_an_error() -> None:
-    x, branch, gate, *_ = _inputs(_SHORT, 64, torch.float32, torch.float32)
+def test_a_width_without_a_kernel_is_an_error(cuda: str) -> None:
+    x, branch, gate, *_ = _inputs(cuda, _SHORT, 64, torch.float32, torch.float32)
     with pytest.raises(RuntimeError, match="no kernel for that width"):
         adaln_native.gated_residual_forward(x, branch, gate, _SHORT)

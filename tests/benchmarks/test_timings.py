@@ -20,7 +20,7 @@ from benchmarks.train_step import training_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = DEVICE == "cpu"
-BACKENDS = ["eager"] if QUICK else record.backends()
+ATTENTION, ADALN = (["eager"] if QUICK else record.backends(DEVICE, name) for name in ("attention", "adaln"))
 
 
 def _time(benchmark: Any, prepare: Prepare) -> None:
@@ -40,7 +40,7 @@ def _time(benchmark: Any, prepare: Prepare) -> None:
 
 
 def _attention_candidates(shape: attention.Shape, mask: Mask) -> list[attention.Candidate]:
-    mine = [attention.our_candidate(name, shape.layout, mask) for name in BACKENDS]
+    mine = [attention.our_candidate(name, shape.layout, mask) for name in ATTENTION]
     flex = attention.flex_candidate(shape, mask, DEVICE)
     return [*mine, *attention.dense_candidates(shape, mask), flex]
 
@@ -70,11 +70,11 @@ def test_attention(benchmark: Any, name: str, phase: str) -> None:
 
 
 @pytest.mark.parametrize("phase", adaln.PHASES)
-@pytest.mark.parametrize("name", adaln.candidates(adaln.shapes(QUICK)[0], DEVICE, BACKENDS))
+@pytest.mark.parametrize("name", adaln.candidates(adaln.shapes(QUICK)[0], DEVICE, ADALN))
 @pytest.mark.parametrize("shape", adaln.shapes(QUICK), ids=str)
 def test_adaln(benchmark: Any, shape: adaln.Shape, name: str, phase: str) -> None:
     benchmark.group = f"adaLN {shape} {phase}"
-    build, _ = adaln.candidates(shape, DEVICE, BACKENDS)[name]
+    build, _ = adaln.candidates(shape, DEVICE, ADALN)[name]
     sets = [adaln.make_inputs(shape, DEVICE, seed) for seed in range(2)]
     _time(benchmark, adaln.prepared(build(), sets, phase))
 
