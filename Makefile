@@ -54,11 +54,12 @@ bench: $(VENV)/.developer
 
 # The compiled kernels' tests under AddressSanitizer and UBSan, with a copy of the package beside such a build.
 SANITIZED := build/sanitize
+ISAS ?= portable;avx2;avx512;avx512_bf16;amx_emulated
 RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(or $(CXX),c++) -print-file-name=lib$(name).so))
 
 sanitize: export PATH := $(abspath $(BIN)):$(PATH)
 sanitize: $(VENV)/.developer
-	cmake -G Ninja -S . -B $(SANITIZED)/cmake -DARD_SANITIZE=address,undefined -DARD_EMULATE_AMX=ON -DARD_CUDA=off \
+	cmake -G Ninja -S . -B $(SANITIZED)/cmake -DARD_SANITIZE=address,undefined "-DARD_INSTRUCTION_SETS=$(ISAS)" -DARD_CUDA=off \
 	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR=$$(python -m pybind11 --cmakedir)
 	cmake --build $(SANITIZED)/cmake
 	rm -rf $(SANITIZED)/ard_kernels && cp -r ard_kernels $(SANITIZED)/ && cp $(SANITIZED)/cmake/_C.* $(SANITIZED)/ard_kernels/

@@ -44,7 +44,7 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """Folder of everything the demo makes."""
-    iterations: int = 1500
+    iterations: int = 1200
     """Training iterations of each student."""
     samples: int = 4000
     """Trajectories to train on."""

@@ -140,9 +140,8 @@ def _cuda_name(mangled: str) -> tuple[str, int]:
     if kind == "forward":
         vectors, gate, norm = numbers
         return f"adaln cuda forward D={128 * vectors} {types}{' gate' * gate}{' norm' * norm}", 4
-    _, gate, norm, cluster, threads = numbers
-    size = f"D<={8 * threads}{' cluster' * cluster}"
-    return f"adaln cuda backward {size} {types}{' gate' * gate}{' norm' * norm}", threads // 32
+    _, gate, norm, cluster = numbers
+    return f"adaln cuda backward{' cluster' * cluster} {types}{' gate' * gate}{' norm' * norm}", 5
 
 
 def built_for_cuda() -> Iterator[Compiled]:

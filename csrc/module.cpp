@@ -22,19 +22,11 @@ namespace py = pybind11;
 namespace ard {
 #define ARD_DECLARE(isa) namespace isa { extern const Kernels kernels; }
 ARD_DECLARE(portable)
-#ifdef ARD_X86
 ARD_DECLARE(avx2)
 ARD_DECLARE(avx512)
-#endif
-#ifdef ARD_HAS_AVX512_BF16
 ARD_DECLARE(avx512_bf16)
-#endif
-#ifdef ARD_HAS_AMX
 ARD_DECLARE(amx)
-#endif
-#ifdef ARD_EMULATE_AMX
 ARD_DECLARE(amx_emulated)
-#endif
 
 namespace {
 
@@ -48,26 +40,33 @@ bool amx_granted() {
 }
 #endif
 
-// The best first, those that this processor can run.
+// The best first, those that were built and that this processor can run.
 std::vector<const Kernels*> usable() {
     std::vector<const Kernels*> found;
-#ifdef ARD_X86
+#if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#ifdef ARD_HAS_AVX512_BF16
-    const bool products = avx512 && __builtin_cpu_supports("avx512bf16");
+    [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    [[maybe_unused]] const bool avx512 =
+        avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#if defined(ARD_HAS_AVX512_BF16) || defined(ARD_HAS_AMX) || defined(ARD_HAS_AMX_EMULATED)
+    [[maybe_unused]] const bool products = avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
 #ifdef ARD_HAS_AMX
     if (products && amx_granted()) found.push_back(&amx::kernels);
 #endif
+#ifdef ARD_HAS_AVX512_BF16
     if (products) found.push_back(&avx512_bf16::kernels);
-#ifdef ARD_EMULATE_AMX
+#endif
+#ifdef ARD_HAS_AMX_EMULATED
     if (products) found.push_back(&amx_emulated::kernels);
 #endif
-#endif
+#ifdef ARD_HAS_AVX512
     if (avx512) found.push_back(&avx512::kernels);
+#endif
+#ifdef ARD_HAS_AVX2
     if (avx2) found.push_back(&avx2::kernels);
+#endif
 #endif
     found.push_back(&portable::kernels);
     return found;

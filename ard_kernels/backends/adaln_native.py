@@ -13,7 +13,7 @@ from ard_kernels.layout import BlockLayout
 _SLOTS = ("x", "branch", "gate", "shift", "scale", "residual", "y",
           "dy", "dx_in", "dx", "dbranch", "dgate", "dshift", "dscale")  # fmt: skip
 # csrc/cuda: where there is a kernel, the most blocks, slices of a block, bytes that a thread reads at once.
-_CUDA_WIDTHS = (384, 768, 1024, 1152, 1536)
+_CUDA_WIDTHS = (384, 768, 1024, 1152)
 _CUDA_BLOCKS, _CUDA_SLICES, _CUDA_BYTES = 255, 8, 16
 
 

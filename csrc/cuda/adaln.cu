@@ -20,7 +20,6 @@ bool with_width(std::int64_t width, const F& f) {
         case 768: return f(Width<6>{}), true;
         case 1024: return f(Width<8>{}), true;
         case 1152: return f(Width<9>{}), true;
-        case 1536: return f(Width<12>{}), true;
     }
     return false;
 }
@@ -33,11 +32,12 @@ const char* run_forward(const Arguments& arguments, bool gate, bool norm, int bl
     return launch(kernel, arguments, blocks, 128, 0, 1, stream);
 }
 
-template <class X, class L, int STEP, bool CLUSTER, int MOST_THREADS>
+template <class X, class L, bool CLUSTER>
 const char* run_backward(const Arguments& arguments, bool gate, bool norm, int blocks, Stream stream) {
-    const auto kernel = gate && norm ? backward<X, L, STEP, true, true, CLUSTER, MOST_THREADS>
-                        : gate       ? backward<X, L, STEP, true, false, CLUSTER, MOST_THREADS>
-                                     : backward<X, L, STEP, false, true, CLUSTER, MOST_THREADS>;
+    constexpr int STEP = sizeof(L) == 2 ? 4 : 2;  // rows at once, so that they fit the registers
+    const auto kernel = gate && norm ? backward<X, L, STEP, true, true, CLUSTER>
+                        : gate       ? backward<X, L, STEP, true, false, CLUSTER>
+                                     : backward<X, L, STEP, false, true, CLUSTER>;
     const int threads = (arguments.width / VECTOR + 31) / 32 * 32;
     const int bytes = 4 * (2 * threads / 32 * 2 * STEP + (CLUSTER ? 3 * arguments.width : 0));
     const char* error = launch(kernel, arguments, blocks, threads, bytes, CLUSTER ? SLICES : 1, stream);
@@ -49,21 +49,18 @@ const char* run_backward(const Arguments& arguments, bool gate, bool norm, int b
 template <class X, class L>
 const char* run(const Adaln& a, Arguments& arguments, bool backwards, bool clusters, Stream stream) {
     const bool gate = a.branch.data != nullptr, norm = backwards ? a.dy.data != nullptr : a.y.data != nullptr;
+    if (!with_width(a.width, [](auto) {})) return "there is no kernel for that width";
     if (!backwards) {
         const char* error = nullptr;
-        const bool known = with_width(a.width, [&](auto width) {
+        with_width(a.width, [&](auto width) {
             constexpr int V = decltype(width)::vectors;
             error = run_forward<X, L, V>(arguments, gate, norm, a.batch * arguments.units, stream);
         });
-        return known ? error : "there is no kernel for that width";
+        return error;
     }
     const int blocks = a.batch * a.layout.blocks * SLICES;
-    constexpr int MANY = sizeof(L) == 2 ? 4 : 2;  // rows at once, so that they fit the registers
-    if (a.width <= 1280)
-        return clusters ? run_backward<X, L, MANY, true, 160>(arguments, gate, norm, blocks, stream)
-                        : run_backward<X, L, MANY, false, 160>(arguments, gate, norm, blocks, stream);
-    return clusters ? run_backward<X, L, 2, true, 256>(arguments, gate, norm, blocks, stream)
-                    : run_backward<X, L, 2, false, 256>(arguments, gate, norm, blocks, stream);
+    return clusters ? run_backward<X, L, true>(arguments, gate, norm, blocks, stream)
+                    : run_backward<X, L, false>(arguments, gate, norm, blocks, stream);
 }
 
 }  // namespace

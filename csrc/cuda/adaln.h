@@ -36,7 +36,7 @@ template <class X, class L, int V, bool GATE, bool NORM>
 ARD_GLOBAL void ARD_BOUNDS(128, 1) forward(Arguments a) {
     constexpr int D = V * LANES * VECTOR;
     // Tables stay in registers where they fit.
-    constexpr bool KEEP = sizeof(L) == 2 && V <= 9;
+    constexpr bool KEEP = sizeof(L) == 2;
     constexpr int KEPT = KEEP ? V : 1;
     const int sample = block_index() / a.units, unit = block_index() % a.units;
     int s = 0;
@@ -113,8 +113,8 @@ ARD_DEVICE void put_table_gradient(const Arguments& a, std::int64_t segment, int
     if (to != nullptr) static_cast<L*>(to)[segment * D + column] = narrow<L>(x);
 }
 
-template <class X, class L, int STEP, bool GATE, bool NORM, bool CLUSTER, int MOST_THREADS>
-ARD_GLOBAL void ARD_BOUNDS(MOST_THREADS, 1) backward(Arguments a) {
+template <class X, class L, int STEP, bool GATE, bool NORM, bool CLUSTER>
+ARD_GLOBAL void ARD_BOUNDS(160, 1) backward(Arguments a) {  // 1152 columns are 144 threads
     const int D = a.width, segment = block_index() / SLICES, slice = block_index() % SLICES;
     const int sample = segment / a.blocks, s = segment % a.blocks, warps = threads() / 32;
     const int column = thread_index() * VECTOR, end = a.starts[s + 1];

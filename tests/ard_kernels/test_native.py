@@ -130,6 +130,36 @@ def test_any_stride_alignment_and_head_dim(
     assert torch.equal(memory, before)
 
 
+def _placed(x: Tensor, offset: int, gap: int) -> Tensor:
+    """The same numbers from an odd address on, rows `gap` numbers apart; NaN around them."""
+    memory = x.new_full((offset + x[..., 0].numel() * (x.shape[-1] + gap),), float("nan"))
+    placed = memory[offset:].view(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    placed.copy_(x)
+    return placed
+
+
+@settings(max_examples=20)
+@given(
+    offset=st.integers(0, 9), gap=st.integers(0, 5), width=st.integers(1, 150),
+    dtype=st.sampled_from(_DTYPES), table_dtype=st.sampled_from(_DTYPES),
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=3),
+)  # fmt: skip
+def test_adaln_at_any_stride_alignment_and_width(
+    offset: int, gap: int, width: int, dtype: torch.dtype, table_dtype: torch.dtype, lengths: list[int]
+) -> None:
+    """Views at odd addresses give the bits of contiguous tensors."""
+    layout, results = BlockLayout(lengths), []
+    plain = [*normal(2, 2, layout.total, width, dtype=dtype).unbind(0),
+             *normal(3, 2, layout.blocks, width, dtype=table_dtype, seed=1).unbind(0)]  # fmt: skip
+    douts = normal(2, 2, layout.total, width, dtype=dtype, seed=2).unbind(0)
+    for place in (lambda x: x, lambda x: _placed(x, offset, gap)):
+        leaves = [place(x.clone()).detach().requires_grad_() for x in plain]
+        out = gated_residual_adaln(*leaves, layout)
+        found = torch.autograd.grad(out, leaves, [place(d.clone()) for d in douts])
+        results.append([*(x.detach() for x in out), *found])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_a_cached_step_is_the_rows_of_the_whole() -> None:
     q, k, v = packed_qkv(_RAGGED.total, 72, torch.bfloat16, heads=2).unbind(2)
     whole = block_attention(q, k, v, _RAGGED)
