@@ -67,13 +67,13 @@ def _choice(name: str) -> str:
 
 
 def _architectures() -> str:
-    """Those of the environment variable, else of the GPUs that are here, else all that kernels are made for."""
+    """Those of the environment variable, else of the GPUs here, else all that the kernels are made for."""
     given = os.environ.get("ARD_KERNELS_CUDA_ARCHS")
     if given is not None:
         names = given.replace(",", " ").replace(";", " ").split()
         if not names or not all(re.fullmatch(r"[0-9]+[af]?", name) for name in names):
-            raise SystemExit(f"environment variable ARD_KERNELS_CUDA_ARCHS is {given!r}, accepted are compute "
-                             "capabilities such as '80 90 100'")  # fmt: skip
+            raise SystemExit(f"environment variable ARD_KERNELS_CUDA_ARCHS is {given!r}, accepted are "
+                             "compute capabilities such as '80 90 100'")  # fmt: skip
         return ";".join(names)
     try:
         seen = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
