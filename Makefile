@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 TORCH ?= 2.13.0
 
-# A torch that is installed already is used as it is (the environment sees it). Else a CPU build, which is the plain
-# package except on x86 Linux; where there is an NVIDIA GPU, the plain package with CUDA.
-HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
+# A torch that is installed already, in $(HAS_TORCH), is used as it is. Else a CPU build, which is the plain package except
+# on x86 Linux; where there is an NVIDIA GPU, the plain package with CUDA.
+HAS_TORCH := $(shell $(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' 2>/dev/null)
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 CPU_BUILD := $(if $(HAS_GPU),,$(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)))
 TORCH_PACKAGE := torch==$(TORCH)$(if $(CPU_BUILD),+cpu --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
@@ -16,6 +16,8 @@ TORCH_PACKAGE := torch==$(TORCH)$(if $(CPU_BUILD),+cpu --retries 1 --extra-index
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) $(VENV)
+	$(if $(HAS_TORCH),$@ -c 'import torch' 2>/dev/null || echo '$(HAS_TORCH)' \
+	    > $$($@ -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_another_environment.pth)
 
 $(VENV)/.torch: | $(BIN)/python
 	$(if $(HAS_TORCH),,$(PIP) install $(TORCH_PACKAGE))
