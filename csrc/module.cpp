@@ -52,9 +52,6 @@ std::vector<const Kernels*> usable() {
 #if defined(ARD_HAS_AVX512_BF16) || defined(ARD_HAS_AMX) || defined(ARD_HAS_AMX_EMULATED)
     [[maybe_unused]] const bool products = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-#ifdef ARD_HAS_AMX
-    if (products && amx_granted()) found.push_back(&amx::kernels);
-#endif
 #ifdef ARD_HAS_AVX512_BF16
     if (products) found.push_back(&avx512_bf16::kernels);
 #endif
@@ -69,6 +66,9 @@ std::vector<const Kernels*> usable() {
 #endif
 #endif
     found.push_back(&portable::kernels);
+#ifdef ARD_HAS_AMX
+    if (products && amx_granted()) found.push_back(&amx::kernels);  // the last, until one has timed it
+#endif
     return found;
 }
 

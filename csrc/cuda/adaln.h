@@ -35,9 +35,9 @@ ARD_DEVICE float sum_of_half_warp(float x) {
 template <class X, class L, int V, bool GATE, bool NORM>
 ARD_GLOBAL void ARD_BOUNDS(128, 1) forward(Arguments a) {
     constexpr int D = V * LANES * VECTOR;
-    // Tables stay in registers where they fit.
-    constexpr bool KEEP = sizeof(L) == 2;
-    constexpr int KEPT = KEEP ? V : 1;
+    // Tables stay in registers where they fit beside the row.
+    constexpr bool KEEP = sizeof(L) == 2, KEEP_GATE = KEEP && (V <= 6 || !NORM);
+    constexpr int KEPT = KEEP ? V : 1, KEPT_GATES = KEEP_GATE ? V : 1;
     const int sample = block_index() / a.units, unit = block_index() % a.units;
     int s = 0;
     while (a.starts_of_units[s + 1] <= unit) s++;
@@ -47,11 +47,11 @@ ARD_GLOBAL void ARD_BOUNDS(128, 1) forward(Arguments a) {
     const L* gate = static_cast<const L*>(a.gate) + sample * a.gate_batch + s * a.gate_block + column;
     const L* shift = static_cast<const L*>(a.shift) + sample * a.shift_batch + s * a.shift_block + column;
     const L* scale = static_cast<const L*>(a.scale) + sample * a.scale_batch + s * a.scale_block + column;
-    Vector<L> gates[KEPT], shifts[KEPT], scales[KEPT];
+    Vector<L> gates[KEPT_GATES], shifts[KEPT], scales[KEPT];
     if constexpr (KEEP) {
 #pragma unroll
         for (int v = 0; v < V; v++) {
-            if constexpr (GATE) gates[v] = read(gate + v * LANES * VECTOR);
+            if constexpr (GATE && KEEP_GATE) gates[v] = read(gate + v * LANES * VECTOR);
             if constexpr (NORM) shifts[v] = read(shift + v * LANES * VECTOR), scales[v] = read(scale + v * LANES * VECTOR);
         }
     }
@@ -63,7 +63,7 @@ ARD_GLOBAL void ARD_BOUNDS(128, 1) forward(Arguments a) {
             const Vector<X> x = read(static_cast<const X*>(a.x) + at + v * LANES * VECTOR);
             if constexpr (GATE) {
                 const Vector<L> branch = read(static_cast<const L*>(a.branch) + at + v * LANES * VECTOR);
-                const Vector<L> g = KEEP ? gates[KEEP ? v : 0] : read(gate + v * LANES * VECTOR);
+                const Vector<L> g = KEEP_GATE ? gates[KEEP_GATE ? v : 0] : read(gate + v * LANES * VECTOR);
                 Vector<X> residual;
 #pragma unroll
                 for (int i = 0; i < VECTOR; i++) {

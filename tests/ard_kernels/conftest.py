@@ -111,10 +111,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
-# Where they were not built, the tests of "native" fail and say so.
-_INSTRUCTION_SETS = (
-    [] if native.C is None else [f"native with {name}" for name in native.C.instruction_sets()]
-)
+# Where they were not built, the tests of "native" fail and say so. AMX has run in its emulation alone so far.
+_INSTRUCTION_SETS = [
+    pytest.param(f"native with {name}", marks=pytest.mark.slow if name == "amx" else ())
+    for name in ([] if native.C is None else native.C.instruction_sets())
+]
 
 
 @pytest.fixture(scope="module", params=_INSTRUCTION_SETS)
