@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import venv
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,9 +43,11 @@ print("used with torch", torch.__version__)
 
 def _run(*command: object, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     given = {key: value for key, value in os.environ.items() if not key.startswith("ARD_KERNELS")}
+    # Not where the sources are: Python would import them.
     return subprocess.run(
-        [str(part) for part in command], env={**given, **(environment or {})}, capture_output=True, text=True
-    )
+        [str(part) for part in command], env={**given, **(environment or {})}, capture_output=True, text=True,
+        cwd=tempfile.gettempdir(),
+    )  # fmt: skip
 
 
 def _python(folder: Path) -> Path:
@@ -77,11 +80,26 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-def test_with_a_compiler(checkout: Path, tmp_path: Path) -> None:
+_CUDA = "for CUDA (adaLN)"
+_CUDA_CASES = {
+    "nvcc": ({}, _CUDA),
+    "nvcc that does not work": ({"CUDACXX": "/absent/nvcc"}, "nvcc (/absent/nvcc) does not work"),
+    "no CUDA": ({"ARD_KERNELS_CUDA": "off"}, "switched off by ARD_KERNELS_CUDA"),
+    "one architecture": ({"ARD_KERNELS_CUDA": "on", "ARD_KERNELS_CUDA_ARCHS": "90"}, _CUDA),
+}
+
+
+@pytest.mark.parametrize("case", _CUDA_CASES)
+def test_with_a_compiler(checkout: Path, tmp_path: Path, case: str) -> None:
+    environment, reported = _CUDA_CASES[case]
+    if reported == _CUDA and shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not here")
     python = _python(tmp_path / "venv")
-    done = _install(python, checkout)
+    done = _install(python, checkout, environment)
     assert done.returncode == 0, done.stderr
-    assert "available" in _report(python)
+    report = _report(python)
+    assert "available" in report
+    assert reported in report
     used = _run(python, "-c", _USE, environment={"PYTHONPATH": sysconfig.get_path("purelib")})
     assert used.returncode == 0, used.stderr
 
