@@ -122,7 +122,7 @@ def compile_one(production: Production, arch: int) -> Compiled:
     )
 
 
-_TYPES = {"f": "fp32", "NS0_4HalfE": "bf16", "S2_": "bf16"}
+_TYPES = {"f": "fp32", "NS_4bf16E": "bf16", "S2_": "bf16"}
 _KERNEL = re.compile(r"4cuda\d+(forward|backward|add_slices)I(.*?)EEv")
 
 
@@ -132,7 +132,7 @@ def _cuda_name(mangled: str) -> tuple[str, int]:
     if match is None:
         return mangled, 0
     kind, rest = match.groups()
-    names = [_TYPES[part] for part in re.findall(r"f|NS0_4HalfE|S2_", rest.partition("L")[0])]
+    names = [_TYPES[part] for part in re.findall(r"f|NS_4bf16E|S2_", rest.partition("L")[0])]
     numbers = [int(n) for n in re.findall(r"L[ib](\d+)E", rest + "E")]
     if kind == "add_slices":
         return f"adaln cuda add_slices {names[0]}", 8

@@ -25,11 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import RESULTS, ROOT, environment, medians, write_json
 
-import ard_kernels
 from ard_kernels import BlockLayout, block_attention, reference, use_backend
-from ard_kernels.backends import implementations
 from ard_kernels.layout import MASKS, Mask
 from benchmarks.suite.attention import Shape
+from benchmarks.suite.record import backends
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -42,13 +41,6 @@ SHAPES = {
     ("cuda", "default"): (Shape(32, 4, 256, 6, 64), Shape(32, 4, 256, 16, 72), Shape(2, 4, 4096, 16, 72)),
 }
 REPEATS = 7
-
-
-def _takers(q: Tensor) -> list[str]:
-    """The backends that take attention of such tensors here, the chosen one first."""
-    found = [name for name, module in implementations("attention").items()
-             if ard_kernels.backends()[name].available and module.supports(q, q, q) is None]  # fmt: skip
-    return sorted(found, key=lambda name: name == "eager")
 
 
 def _forward_backward(
@@ -75,7 +67,7 @@ def check(device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
                 tuple(x.double() for x in inputs),
                 dout.to(device).double(),
             )
-            for backend in _takers(inputs[0]):
+            for backend in backends("attention", *inputs):
                 with use_backend(backend):
                     got = _forward_backward(
                         lambda *x, m=mask: block_attention(*x, layout, m), inputs, dout.to(device)
@@ -131,7 +123,7 @@ def _candidates(layout: BlockLayout, mask: Mask, q: Tensor) -> dict[str, Callabl
         return torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=dense).transpose(1, 2)
 
     flex = _flex(layout, mask, q.device.type)
-    return {**{name: ours(name) for name in _takers(q)}, "sdpa": sdpa, "flex": flex}
+    return {**{name: ours(name) for name in backends("attention", q)}, "sdpa": sdpa, "flex": flex}
 
 
 def _reason(error: BaseException) -> str:

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+import ard_kernels
 from ard_kernels import BlockLayout
 from benchmarks.common import environment, write_json
 from benchmarks.suite.record import Settings, backends
@@ -116,8 +117,7 @@ def _environment(commit: str | None) -> dict[str, Any]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found["backends"] = {name: backends(device, name) for name in ("attention", "adaln")}
+    found["backends"] = {name: status.reason for name, status in ard_kernels.backends().items()}
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties()
         found["capability"] = f"{card.major}.{card.minor}"
@@ -143,13 +143,14 @@ def _once(what: str, device: str) -> None:
     runs = []
     for mask in ("causal", "diagonal"):
         shape = attention.shapes(quick=False)[1]
-        method = attention.our_candidate(backends(device, "attention")[0], shape.layout, mask).build()
+        method = attention.our_candidates(shape, mask, device)[0].build()
         inputs = [attention.make_inputs(shape, device, 0)]
         runs += [attention.prepared(method, inputs, phase) for phase in attention.PHASES]
     fused = adaln.shapes(quick=False)[0]
     layout = BlockLayout.uniform(fused.blocks, fused.tokens // fused.blocks)
-    norm, tensors = adaln.ours(backends(device, "adaln")[0], layout), [adaln.make_inputs(fused, device, 0)]
-    runs += [adaln.prepared(norm, tensors, phase) for phase in ("forward", "backward")]
+    tensors = adaln.make_inputs(fused, device, 0)
+    norm = adaln.ours(backends("adaln", *tensors[:5])[0], layout)
+    runs += [adaln.prepared(norm, [tensors], phase) for phase in ("forward", "backward")]
     for prepare in runs:
         prepare(0)()  # compiles
         ready = prepare(0)

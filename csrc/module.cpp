@@ -2,13 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#ifdef ARD_HAS_AMX
+#ifdef __x86_64__
 #include <cpuid.h>
+#endif
+#ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -16,59 +17,60 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cuda/launch.h"
+#include "instruction_sets.h"  // written by CMake: ARD_INSTRUCTION_SETS(f) is f(name) for each that was built
 
 namespace py = pybind11;
 
 namespace ard {
-#define ARD_DECLARE(isa) namespace isa { extern const Kernels kernels; }
-ARD_DECLARE(portable)
-ARD_DECLARE(avx2)
-ARD_DECLARE(avx512)
-ARD_DECLARE(avx512_bf16)
-ARD_DECLARE(amx)
-ARD_DECLARE(amx_emulated)
+#define ARD_DECLARE(name) namespace name { extern const Kernels kernels; }
+ARD_INSTRUCTION_SETS(ARD_DECLARE)
+#undef ARD_DECLARE
 
 namespace {
 
-#ifdef ARD_HAS_AMX
-// Whether the processor has AMX with bfloat16 and the system lets this process use it: Linux wants to be asked.
-bool amx_granted() {
-    unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & 1u << 22) || !(d & 1u << 24)) return false;
+#ifdef __x86_64__
+// Whether bit `bit` of word `word` (of eax, ebx, ecx, edx) is set in a leaf of the processor's description.
+bool described(unsigned leaf, unsigned part, int word, int bit) {
+    unsigned words[4];
+    return __get_cpuid_count(leaf, part, &words[0], &words[1], &words[2], &words[3]) && (words[word] >> bit & 1);
+}
+
+// Whether the system lets this process use the tiles of AMX: Linux wants to be asked.
+bool tiles_granted() {
+#ifdef __linux__
     constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+    return false;
+#endif
 }
 #endif
+
+// Whether this processor can run the kernels of an instruction set.
+bool runs(const std::string& name) {
+    if (name == "portable") return true;
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return false;
+    if (name == "avx2") return true;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+        return false;
+    if (name == "avx512") return true;
+    if (!described(7, 1, 0, 5)) return false;  // AVX512_BF16, which older compilers have no name for
+    if (name == "avx512_bf16" || name == "amx_emulated") return true;
+    if (name == "amx") return described(7, 0, 3, 22) && described(7, 0, 3, 24) && tiles_granted();  // AMX-BF16, -TILE
+#endif
+    return false;
+}
 
 // The best first, those that were built and that this processor can run.
 std::vector<const Kernels*> usable() {
     std::vector<const Kernels*> found;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    [[maybe_unused]] const bool avx512 =
-        avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#if defined(ARD_HAS_AVX512_BF16) || defined(ARD_HAS_AMX) || defined(ARD_HAS_AMX_EMULATED)
-    [[maybe_unused]] const bool products = avx512 && __builtin_cpu_supports("avx512bf16");
-#endif
-#ifdef ARD_HAS_AVX512_BF16
-    if (products) found.push_back(&avx512_bf16::kernels);
-#endif
-#ifdef ARD_HAS_AMX_EMULATED
-    if (products) found.push_back(&amx_emulated::kernels);
-#endif
-#ifdef ARD_HAS_AVX512
-    if (avx512) found.push_back(&avx512::kernels);
-#endif
-#ifdef ARD_HAS_AVX2
-    if (avx2) found.push_back(&avx2::kernels);
-#endif
-#endif
-    found.push_back(&portable::kernels);
-#ifdef ARD_HAS_AMX
-    if (products && amx_granted()) found.push_back(&amx::kernels);  // the last, until one has timed it
-#endif
+#define ARD_ADD(name) \
+    if (runs(#name)) found.push_back(&name::kernels);
+    ARD_INSTRUCTION_SETS(ARD_ADD)
+#undef ARD_ADD
     return found;
 }
 

@@ -109,14 +109,15 @@ def compare(rec: Recorder, shape: Shape) -> None:
     exact = {phase: prepared(plain, [tuple(x.float() for x in first)], phase)(0)() for phase in PHASES}
     torch.compiler.reset()
     ready: dict[str, dict[str, Prepare]] = {phase: {} for phase in PHASES}
-    for name, (build, seconds) in candidates(shape, rec.device, backends(rec.device, "adaln")).items():
-        mine = name.startswith("ours")
-        norm = rec.attempt(f"{shape} {name}", build, seconds, mine)
+    mine = backends("adaln", *first[:5])
+    for name, (build, seconds) in candidates(shape, rec.device, mine).items():
+        own = name.startswith("ours")
+        norm = rec.attempt(f"{shape} {name}", build, seconds, own)
         if norm is None:
             continue
         for phase in PHASES:
             checked = partial(_checked, prepared(norm, sets, phase), exact[phase])
-            prepare = rec.attempt(f"{shape} {name} {phase}", checked, ours=mine)
+            prepare = rec.attempt(f"{shape} {name} {phase}", checked, ours=own)
             if prepare is not None:
                 ready[phase][name] = prepare
     for phase, passes in PHASES.items():
@@ -186,7 +187,7 @@ def compare_in_block(rec: Recorder, shape: Shape, heads: int) -> None:
     ready: dict[str, Prepare] = {}
     # The backend is chosen around the compiled code, as a program does, not inside.
     fused: Norm = partial(gated_residual_adaln, layout=layout)
-    best = backends(rec.device, "adaln")[0]
+    best = backends("adaln", x, own)[0]
     for name, norm in ((f"ours ({best})", fused), ("pytorch", plain)):
 
         def build(norm: Norm = norm) -> Prepare:

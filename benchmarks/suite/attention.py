@@ -129,6 +129,12 @@ def our_candidate(name: str, layout: BlockLayout, mask: Mask) -> Candidate:
     return Candidate(f"ours ({name})", lambda: Whole(attend), ours=True, seconds=3)
 
 
+def our_candidates(shape: Shape, mask: Mask, device: str) -> list[Candidate]:
+    """The one that is chosen by default first."""
+    names = backends("attention", *make_inputs(shape, device, 0)[:3])
+    return [our_candidate(name, shape.layout, mask) for name in names]
+
+
 def dense_candidates(shape: Shape, mask: Mask) -> list[Candidate]:
     """Those without compilation: per block for `causal`, folded for `diagonal`."""
     layout, scale = shape.layout, shape.dim**-0.5
@@ -351,16 +357,14 @@ def shapes(quick: bool, dim: int = 72, batch: int | None = None) -> list[Shape]:
 def attention(rec: Recorder) -> None:
     """The most telling comparisons first: what is left out when time runs out is the least."""
 
-    def ours(shape: Shape, mask: Mask) -> list[Candidate]:
-        return [our_candidate(name, shape.layout, mask) for name in backends(rec.device, "attention")]
-
     def everything(shape: Shape, mask: Mask) -> None:
         flex = flex_candidate(shape, mask, rec.device)
-        compare(rec, shape, mask, [*ours(shape, mask), *dense_candidates(shape, mask), flex])
+        ours = our_candidates(shape, mask, rec.device)
+        compare(rec, shape, mask, [*ours, *dense_candidates(shape, mask), flex])
 
     def with_flex(shape: Shape, mask: Mask, **options: Any) -> None:
         flex = flex_candidate(shape, mask, rec.device, **options)
-        compare(rec, shape, mask, [*ours(shape, mask)[:1], flex])
+        compare(rec, shape, mask, [*our_candidates(shape, mask, rec.device)[:1], flex])
 
     for name, (module, _) in PACKAGES.items():
         if not installed(module):

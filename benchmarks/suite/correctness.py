@@ -25,7 +25,6 @@ from torch import Tensor
 
 import ard_kernels
 from ard_kernels import BlockLayout, reference, use_backend
-from ard_kernels.backends import adaln_native
 from ard_kernels.layout import MASKS, Mask
 from benchmarks.common import ROOT
 from benchmarks.suite.record import Recorder, backends, compiled
@@ -194,6 +193,14 @@ def cases(quick: bool) -> list[Case]:
     return made
 
 
+def with_backends(made: list[Case], device: str) -> list[tuple[Case, str]]:
+    """Every case with every backend that takes its inputs on the device."""
+    torch.set_float32_matmul_precision("high")  # the Triton backend's condition for float32 attention
+    return [
+        (case, name) for case in made for name in backends(case.group.split()[0], *case.inputs(device, 0))
+    ]
+
+
 # Checks
 
 
@@ -235,17 +242,8 @@ def judge(
     return errors
 
 
-def _refused(case: Case, backend: str, device: str) -> bool:
-    """Whether the compiled CUDA kernels, made for some widths and dtypes, do not take the case."""
-    if backend != "native" or device != "cuda":
-        return False
-    x, *rest = case.inputs(device, 0)
-    return adaln_native.supports(x, *rest) is not None
-
-
 def check(case: Case, backend: str, device: str) -> list[tuple[float, float]]:
     """The errors of values and gradients. Raises ArithmeticError for a wrong result."""
-    torch.set_float32_matmul_precision("high")  # the Triton backend's condition for float32 attention
     inputs = case.inputs(device, 0)
     dtype = inputs[0].dtype
     exact = evaluate(case.meaning, tuple(x.double() for x in inputs), dtype)
@@ -332,13 +330,7 @@ def correctness(rec: Recorder) -> None:
     index, count = rec.settings.share
     groups = list(dict.fromkeys(case.group for case in cases(rec.quick)))
     mine = set(groups[index::count])
-    todo = [
-        (case, name)
-        for case in cases(rec.quick)
-        if case.group in mine
-        for name in backends(rec.device, case.group.split()[0])
-        if not _refused(case, name, rec.device)
-    ]
+    todo = with_backends([case for case in cases(rec.quick) if case.group in mine], rec.device)
     done = 0
     for case, backend in todo:
         if rec.left() < 3:
@@ -376,7 +368,6 @@ def _device_works(device: str) -> bool:
 
 def touch_everything(device: str) -> None:
     """Every operator forward and backward on small shapes, in our backends: for a memory checker."""
-    torch.set_float32_matmul_precision("high")
     ragged = BlockLayout((33, 1, 70))
     made = [
         attention_case(layout, mask, dim, dtype, False, batch=1)
@@ -392,12 +383,11 @@ def touch_everything(device: str) -> None:
     ]
     made += [adaln_case(operator, ragged, 384, (torch.bfloat16,) * 3, False)
              for operator in ("gated_residual_adaln", "adaln", "gated_residual")]  # fmt: skip
-    for case in made:
-        inputs = case.inputs(device, 0)
-        for name in backends(device, case.group.split()[0]):
-            if name != "eager" and not _refused(case, name, device):
-                with use_backend(name):
-                    evaluate(case.operator, inputs, inputs[0].dtype)
+    for case, name in with_backends(made, device):
+        if name != "eager":
+            inputs = case.inputs(device, 0)
+            with use_backend(name):
+                evaluate(case.operator, inputs, inputs[0].dtype)
     torch.cuda.synchronize()
     print(f"{len(made)} cases run")
 

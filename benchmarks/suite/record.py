@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 import ard_kernels
-from ard_kernels.backends import PREFERRED, native
+from ard_kernels.backends import PREFERRED, implementations
 from benchmarks.common import write_json
 
 T = TypeVar("T")
@@ -101,13 +102,13 @@ def reason(error: BaseException | str) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
-def backends(device: str, family: str) -> list[str]:
-    """Those that have the family, "attention" or "adaln", on that device, the one that is chosen first."""
-    available = [name for name, status in ard_kernels.backends().items() if status.available]
-    if device == "cuda" and (family == "attention" or native.CUDA_REASON is not None):
-        available = [name for name in available if name != "native"]
-    preferred = PREFERRED[device]
-    return sorted(available, key=lambda name: (name == "eager", name not in preferred))
+def backends(family: str, *tensors: Tensor) -> list[str]:
+    """Those that take these inputs of the family, "attention" or "adaln", the one that is chosen first."""
+    available = {name for name, status in ard_kernels.backends().items() if status.available}
+    found = [name for name, module in implementations(family).items()
+             if name in available and module.supports(*tensors) is None]  # fmt: skip
+    preferred = PREFERRED[tensors[0].device.type]
+    return sorted(found, key=lambda name: (name == "eager", name not in preferred))
 
 
 def compiled(function: Callable[..., Any], device: str, **options: Any) -> Callable[..., Any]:

@@ -3,7 +3,6 @@
 // is masked.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -17,6 +16,9 @@ namespace ARD_ISA {
 
 constexpr std::int64_t KEYS = 64;  // of a tile
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+// Not std::min: see Array.
+static inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
 static inline std::int64_t up(std::int64_t x, std::int64_t of) { return (x + of - 1) / of * of; }
 
@@ -228,7 +230,7 @@ static void forward_all(const Attention& a, int threads) {
         ahead.add<T>(a.out, pair, tile.first);
         if (next < units) {
             const Tile& after = rows[many - 1 - next / pairs];
-            ahead.rows = std::min(tile.rows, std::min(after.rows, keys[0].rows));
+            ahead.rows = least(tile.rows, least(after.rows, keys[0].rows));
             ahead.add<T>(a.q, next % pairs, after.first);
             ahead.add<T>(a.k, next % pairs, 0);
             ahead.add<T>(a.v, next % pairs, 0);
@@ -423,7 +425,7 @@ static void backward_all(const Attention& a, int threads) {
     parallel(threads, a.batch * a.heads, [&](std::int64_t unit) {
         const std::int64_t next = unit + threads;  // of this thread, about
         Ahead ahead(a);
-        ahead.rows = std::min(queries(a), std::int64_t{256});
+        ahead.rows = least(queries(a), 256);
         for (const Tensor* x : {&a.dq, &a.dk, &a.dv}) ahead.add<T>(*x, unit, 0);
         if (next < a.batch * a.heads)
             for (const Tensor* x : {&a.q, &a.k, &a.v, &a.out, &a.dout}) ahead.add<T>(*x, next, 0);

@@ -6,6 +6,10 @@
 
 namespace ard {
 
+struct bf16 {
+    std::uint16_t bits;
+};
+
 enum class DType : int { f32, bf16 };
 enum class Mask : int { causal, diagonal, window, anchor };
 

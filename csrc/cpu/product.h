@@ -144,9 +144,6 @@ struct ElementOf<float> {
 template <class Word>
 using Element = typename ElementOf<Word>::type;
 
-static inline float wide(float x) { return x; }
-static inline float wide(bf16 x) { return bits<float>(static_cast<std::uint32_t>(x.bits) << 16); }
-
 // The first n of a vector, or all of it; the rest is 0.
 template <class T>
 static inline vf some(const T* p, std::int64_t n) {

@@ -12,11 +12,9 @@
 #include <immintrin.h>
 #endif
 
-namespace ard {
+#include "kernels.h"
 
-struct bf16 {
-    std::uint16_t bits;
-};
+namespace ard {
 
 namespace ARD_ISA {
 

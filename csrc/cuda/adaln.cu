@@ -86,8 +86,8 @@ const char* adaln(const Adaln& a, float* partial, bool backwards, bool clusters,
     const bool half = (a.gate.data != nullptr ? a.gate : a.scale).dtype == DType::bf16;
     const bool half_stream = (a.x.data != nullptr ? a.x : a.dx_in).dtype == DType::bf16;
     const auto on = static_cast<Stream>(stream);
-    if (half_stream) return run<Half, Half>(a, arguments, backwards, clusters, on);
-    return half ? run<float, Half>(a, arguments, backwards, clusters, on)
+    if (half_stream) return run<bf16, bf16>(a, arguments, backwards, clusters, on);
+    return half ? run<float, bf16>(a, arguments, backwards, clusters, on)
                 : run<float, float>(a, arguments, backwards, clusters, on);
 }
 

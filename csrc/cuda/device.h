@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../cpu/kernels.h"
+
 #ifdef __CUDACC__
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -48,8 +50,6 @@ template <class Arguments>
 const char* launch(
     void (*kernel)(Arguments), const Arguments& arguments, int blocks, int threads, int shared_bytes, int cluster,
     Stream stream) {
-    if (shared_bytes > 48 * 1024)
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes, config.stream = stream;
@@ -64,11 +64,6 @@ const char* launch(
 }
 #endif
 
-// bfloat16 as bits.
-struct Half {
-    std::uint16_t bits;
-};
-
 template <class To, class From>
 ARD_DEVICE To as(From x) {
     static_assert(sizeof(To) == sizeof(From), "");
@@ -78,7 +73,7 @@ ARD_DEVICE To as(From x) {
 }
 
 ARD_DEVICE float wide(float x) { return x; }
-ARD_DEVICE float wide(Half x) { return as<float>(static_cast<std::uint32_t>(x.bits) << 16); }
+ARD_DEVICE float wide(bf16 x) { return as<float>(static_cast<std::uint32_t>(x.bits) << 16); }
 
 template <class T>
 ARD_DEVICE T narrow(float x);
@@ -87,15 +82,15 @@ ARD_DEVICE float narrow<float>(float x) {
     return x;
 }
 template <>
-ARD_DEVICE Half narrow<Half>(float x) {
+ARD_DEVICE bf16 narrow<bf16>(float x) {
 #ifdef __CUDA_ARCH__
     std::uint16_t y;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return Half{y};
+    return bf16{y};
 #else
     const std::uint32_t u = as<std::uint32_t>(x);
-    if (x != x) return Half{static_cast<std::uint16_t>(u >> 16 | 0x40)};
-    return Half{static_cast<std::uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16)};
+    if (x != x) return bf16{static_cast<std::uint16_t>(u >> 16 | 0x40)};
+    return bf16{static_cast<std::uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16)};
 #endif
 }
 

@@ -52,7 +52,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 @pytest.fixture
 def amx(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     if "amx_emulated" not in emulated.instruction_sets():
-        pytest.skip("the emulation of AMX needs a processor with AVX-512 and bfloat16 products")
+        pytest.skip("what surrounds the emulated tiles are AVX-512 bfloat16 instructions, absent here")
     emulated.use_instruction_set("amx_emulated")
     monkeypatch.setattr(attention_native, "C", emulated)
 
@@ -148,6 +148,13 @@ def test_the_parts_on_cuda(cuda: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(parts, (total, dshift, dscale), strict=True))
     pair = adaln_native.gated_residual_backward(total, branch, gate, _RAGGED)
     assert all(torch.equal(a, b) for a, b in zip(pair, (dbranch, dgate), strict=True))
+
+
+def test_more_blocks_than_a_kernel_holds_are_an_error(cuda: str) -> None:
+    layout = BlockLayout((1,) * (adaln_native._CUDA_BLOCKS + 1))
+    x, branch, gate, *_ = _inputs(cuda, layout, 384, torch.float32, torch.float32)
+    with pytest.raises(RuntimeError, match="too many blocks"):
+        adaln_native.gated_residual_forward(x, branch, gate, layout)
 
 
 def test_a_width_without_a_kernel_is_an_error(cuda: str) -> None:
