@@ -5,12 +5,15 @@
 Attention, forward and backward, against scaled_dot_product_attention, plain matmuls and the eager backend;
 gated residual + adaLN against the eager backend and torch.compile of the composition. Candidates alternate in
 one process. Beside each time: useful GFLOP/s or GB/s, and the share of what this machine reaches in a large
-matrix product of that dtype or in a copy.
+matrix product of that dtype or in a copy. Of attention also the memory that a call takes at most beside its
+inputs, each in a process of its own (on Linux).
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,9 +65,10 @@ def _with(backend: str, operator: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def _attention(name: str, length: int, dim: int, repeats: int) -> dict[str, Any]:
+def _attention_candidates(name: str, tokens: int, length: int, dim: int) -> dict[str, Callable[[], Any]]:
+    """Forward and backward, for q, k and v of (tokens / length, length, _HEADS, dim)."""
     dtype, layout = _DTYPES[name], BlockLayout((length,))
-    shape = (_TOKENS // length, length, _HEADS, dim)
+    shape = (tokens // length, length, _HEADS, dim)
     leaves = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3)]
     dout = torch.randn(shape, dtype=dtype)
 
@@ -74,13 +78,46 @@ def _attention(name: str, length: int, dim: int, repeats: int) -> dict[str, Any]
     def ours(*qkv: Tensor) -> Tensor:
         return block_attention(*qkv, layout)
 
-    seconds = medians(
-        {"native": _with("native", both(ours)), "eager": _with("eager", both(ours)), "sdpa": both(_sdpa),
-         "matmul": both(_plain)}, repeats
-    )  # fmt: skip
-    work = 7 * 2 * shape[0] * _HEADS * length**2 * dim / 1e9  # 2 products forward, 5 backward
+    return {"native": _with("native", both(ours)), "eager": _with("eager", both(ours)), "sdpa": both(_sdpa),
+            "matmul": both(_plain)}  # fmt: skip
+
+
+def _attention(name: str, length: int, dim: int, repeats: int) -> dict[str, Any]:
+    seconds = medians(_attention_candidates(name, _TOKENS, length, dim), repeats)
+    work = 7 * 2 * _TOKENS * _HEADS * length * dim / 1e9  # 2 products forward, 5 backward
     row = _row("attention", name, "both", seconds, work, "GFLOP/s", name)
-    return {**row, "length": length, "head_dim": dim}
+    memory = {candidate: _in_a_process(peak_memory, candidate, name, length, dim) for candidate in seconds}
+    return {**row, "length": length, "head_dim": dim, "mib": memory}
+
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def _resident(which: str) -> float:
+    """MiB of this process in memory: "VmRSS" now, "VmHWM" at most since that was cleared."""
+    (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith(which))
+    return int(line.split()[1]) / 1024
+
+
+def peak_memory(candidate: str, name: str, length: int, dim: int) -> float | None:
+    """MiB that attention takes at most beside its inputs: results, and what its kernels use meanwhile.
+
+    Only a process that has not run it before can say so, since kernels keep their memory. None where there is no
+    Linux."""
+    if not _CLEAR.exists():
+        return None
+    _attention_candidates(name, 256, 64, dim)[candidate]()  # loads and makes what does not depend on the size
+    run = _attention_candidates(name, _TOKENS, length, dim)[candidate]
+    ctypes.CDLL(None).malloc_trim(0)
+    _CLEAR.write_text("5")
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def _row(
@@ -129,9 +166,11 @@ def _line(row: dict[str, Any], ceilings: dict[str, float]) -> str:
     if "length" in row:
         what += f" L={row['length']} Dh={row['head_dim']}"
     times = "  ".join(f"{name} {ms:.2f}" for name, ms in row["ms"].items())
+    memory = row.get("mib", {})
+    kept = "  ".join(f"{name} {mib:.0f}" for name, mib in memory.items() if mib is not None)
     share = 100 * row["rate"] / ceilings[row["ceiling"]]
     return (f"| {what} | {row['phase']} | {times} | {row['ratio']:.2f} | {row['rate']:.0f} {row['unit']} "
-            f"| {share:.0f} % |")  # fmt: skip
+            f"| {share:.0f} % | {kept} |")  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -148,8 +187,8 @@ def main(arguments: list[str] | None = None) -> None:
     ceilings = _ceilings(given.repeats)
     print(", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()), "(GFLOP/s; copy: GB/s)")
     print(
-        "| operator | phase | ms | best of the others / native | native | of the ceiling |\n"
-        + "|---" * 6
+        "| operator | phase | ms | best of the others / native | native | of the ceiling | MiB |\n"
+        + "|---" * 7
         + "|"
     )
     rows = []

@@ -125,10 +125,11 @@ struct Amx : Pair {
 template <>
 void product<Amx>(
     float* c, std::int64_t ldc, const std::uint32_t* a, std::int64_t lda, std::int64_t, const std::uint32_t* b,
-    std::int64_t ldb, std::int64_t depth, std::int64_t rows, std::int64_t vectors, bool add) {
+    std::int64_t ldb, std::int64_t depth, std::int64_t rows, std::int64_t vectors, bool add, Ahead& ahead) {
     using amx::SIDE;
     for (std::int64_t m = 0; m < rows; m += 2 * SIDE)
         for (std::int64_t v = 0; v < vectors; v += 2) {
+            ahead.step();
             const auto call = [&](auto f) {
                 f(c + m * ldc + v * W, ldc, a + m * lda, lda, b + v * W, ldb, depth, add);
             };

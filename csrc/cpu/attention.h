@@ -79,30 +79,16 @@ static inline void write_row(T* to, const float* row, float factor, std::int64_t
     for (std::int64_t i = 0; i < width; i += W) write(to + i, load(row + i) * factor, width - i);
 }
 
-// Asks for rows before they are needed, one of each tensor at a time, between computations: rows are a token apart,
-// which a processor does not foresee.
-struct Ahead {
-    const Attention& a;
-    const char* next[8];
-    std::int64_t stride[8], bytes = 0, rows = 0;
-    int tensors = 0;
-    explicit Ahead(const Attention& attention) : a(attention) {}
-    // From token t of sample and head `pair` on.
-    template <class T>
-    void add(const Tensor& x, std::int64_t pair, std::int64_t t) {
-        bytes = a.dim * sizeof(T);
-        next[tensors] = reinterpret_cast<const char*>(at<T>(x, pair / a.heads, t, pair % a.heads));
-        stride[tensors++] = x.token * sizeof(T);
+// Rows of the tensors, from token t of sample and head `pair` on.
+template <class T>
+static void foresee(Ahead& ahead, const Attention& a, std::initializer_list<const Tensor*> tensors, std::int64_t pair,
+                    std::int64_t t) {
+    ahead.bytes = a.dim * sizeof(T);
+    for (const Tensor* x : tensors) {
+        ahead.next[ahead.tensors] = reinterpret_cast<const char*>(at<T>(*x, pair / a.heads, t, pair % a.heads));
+        ahead.stride[ahead.tensors++] = x->token * sizeof(T);
     }
-    void step() {
-        if (rows == 0) return;
-        rows--;
-        for (int i = 0; i < tensors; i++) {
-            for (std::int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(next[i] + j, 0, 2);
-            next[i] += stride[i];
-        }
-    }
-};
+}
 
 constexpr int VECTORS = KEYS / W;
 
@@ -146,33 +132,40 @@ struct Rows {
 // Scores (rows, KEYS) to weights, as the left factor. What was summed before shrinks where a score is larger than all.
 template <bool WHOLE, class Word>
 static inline void weigh(
-    Word* kept, const float* scores, std::int64_t rows, float factor, const Keys& keys, const Rows& so_far,
-    Ahead& ahead) {
-    for (std::int64_t r = 0; r < rows; r++) {
-        ahead.step();
-        vf x[VECTORS], most = all(-INFINITY), sums{};
+    Word* kept, const float* scores, std::int64_t rows, float factor, const Keys& keys, const Rows& so_far) {
+    const auto score = [&](std::int64_t r, int i) {
+        return keys.only<WHOLE>(i, load(scores + r * KEYS + i * W) * factor, -INFINITY);
+    };
+    for (std::int64_t first = 0; first < rows; first += W) {
+        const std::int64_t many = least(rows - first, W);
+        vf most[W];
+        for (std::int64_t r = 0; r < W; r++) {
+            most[r] = all(-INFINITY);
 #pragma GCC unroll 16
-        for (int i = 0; i < VECTORS; i++) {
-            x[i] = keys.only<WHOLE>(i, load(scores + r * KEYS + i * W) * factor, -INFINITY);
-            most = larger(x[i], most);
+            for (int i = 0; i < VECTORS && r < many; i++) most[r] = larger(score(first + r, i), most[r]);
         }
-        const float before = so_far.started ? so_far.top[r] : -INFINITY, highest = largest(most);
-        const float now = highest > before ? highest : before, offset = now == -INFINITY ? 0 : now;
+        const vf before = so_far.started ? load(so_far.top + first) : all(-INFINITY);
+        const vf now = larger(largest_of_each(most), before), offsets = now == all(-INFINITY) ? vf{} : now;
+        alignas(64) float offset[W], shrink[W];
+        store(offset, offsets);
+        store(shrink, exp2(before - offsets));
+        store(so_far.top + first, now);
+        for (std::int64_t r = 0; r < many; r++) {
+            vf x[VECTORS], sums{};
 #pragma GCC unroll 16
-        for (int i = 0; i < VECTORS; i++) {
-            x[i] = exp2(x[i] - offset);
-            sums += x[i];
+            for (int i = 0; i < VECTORS; i++) {
+                x[i] = exp2(score(first + r, i) - offset[r]);
+                sums += x[i];
+            }
+            keep_row(kept + (first + r) * (KEYS * sizeof(Element<Word>) / sizeof(Word)), x);
+            if (so_far.started) {
+                sums += load(so_far.total + (first + r) * W) * shrink[r];
+                float* out = so_far.out + (first + r) * so_far.wide_dim;
+                for (std::int64_t i = 0; shrink[r] != 1 && i < so_far.wide_dim; i += W)
+                    store(out + i, load(out + i) * shrink[r]);
+            }
+            store(so_far.total + (first + r) * W, sums);
         }
-        keep_row(kept + r * (KEYS * sizeof(Element<Word>) / sizeof(Word)), x);
-        if (so_far.started) {
-            const vf shrink = exp2(all(before - offset));
-            sums += load(so_far.total + r * W) * shrink;
-            float* out = so_far.out + r * so_far.wide_dim;
-            for (std::int64_t i = 0; now != before && i < so_far.wide_dim; i += W)
-                store(out + i, load(out + i) * shrink);
-        }
-        so_far.top[r] = now;
-        store(so_far.total + r * W, sums);
     }
 }
 
@@ -201,21 +194,39 @@ static void forward_unit(
         right(v, wide_dim, at<const T>(a.v, b, key.first, h), a.v.token, key.rows, a.dim);
         for (std::int64_t g = 0; g < n; g += GROUP) {
             const std::int64_t rows = n - g < GROUP ? n - g : GROUP;
-            product<M>(scores, KEYS, q + g * wide_words, wide_words, 1, k, KEYS, words, rows, vectors, false);
+            product<M>(scores, KEYS, q + g * wide_words, wide_words, 1, k, KEYS, words, rows, vectors, false,
+                       ahead);
             const Rows so_far{top + g, total + g * W, out + g * wide_dim, wide_dim, started};
-            key.rows == KEYS ? weigh<true>(kept, scores, rows, factor, there, so_far, ahead)
-                             : weigh<false>(kept, scores, rows, factor, there, so_far, ahead);
+            key.rows == KEYS ? weigh<true>(kept, scores, rows, factor, there, so_far)
+                             : weigh<false>(kept, scores, rows, factor, there, so_far);
             product<M>(out + g * wide_dim, wide_dim, kept, KEYS / M::K, 1, v, wide_dim, (key.rows + M::K - 1) / M::K,
-                       rows, wide_dim / W, started);
+                       rows, wide_dim / W, started, ahead);
         }
         started = true;
     }
-    for (std::int64_t r = 0; r < n; r++) {
-        total[r] = sum(load(total + r * W));
-        write_row(at<T>(a.out, b, tile.first + r, h), out + r * wide_dim, 1.0f / total[r], a.dim);
-    }
     float* lse = a.lse + (b * a.heads + h) * queries(a) + tile.first;
-    for (std::int64_t r = 0; r < n; r += W) write(lse + r, (load(top + r) + log2(load(total + r))) * LN2, n - r);
+    for (std::int64_t first = 0; first < n; first += W) {
+        vf each[W];
+        for (std::int64_t r = 0; r < W; r++) each[r] = load(total + (first + r) * W);
+        const vf sums = sum_of_each(each);
+        alignas(64) float share[W];
+        store(share, 1.0f / sums);
+        for (std::int64_t r = first; r < least(first + W, n); r++)
+            write_row(at<T>(a.out, b, tile.first + r, h), out + r * wide_dim, share[r - first], a.dim);
+        write(lse + first, (load(top + first) + log2(sums)) * LN2, n - first);
+    }
+}
+
+// f(unit, next) for every unit: a tile of rows for a sample and head, counted sample by sample; next: the one that this
+// thread takes afterwards, most likely. Heads of a sample share cache lines: one thread takes them all where there are
+// samples enough.
+template <class F>
+static void for_all(const Attention& a, std::int64_t units, int threads, const F& f) {
+    const std::int64_t each = a.batch >= 16 * threads ? a.heads : 1;
+    parallel(threads, units / each, [&](std::int64_t group) {
+        for (std::int64_t i = 0; i < each; i++)
+            f(group * each + i, i + 1 < each ? group * each + i + 1 : (group + threads) * each);
+    });
 }
 
 template <class M, class T>
@@ -223,17 +234,17 @@ static void forward_all(const Attention& a, int threads) {
     const auto rows = query_tiles(a, FORWARD_QUERIES), keys = tiles(a.layout, 0, a.layout.blocks, KEYS);
     const std::int64_t many = rows.size(), pairs = a.batch * a.heads, units = pairs * many;
     // The last blocks see the most keys under the causal mask: they come first.
-    parallel(threads, units, [&](std::int64_t unit) {
-        const std::int64_t pair = unit % pairs, next = unit + threads;  // next: of this thread, about
+    for_all(a, units, threads, [&](std::int64_t unit, std::int64_t next) {
+        const std::int64_t pair = unit % pairs;
         const Tile& tile = rows[many - 1 - unit / pairs];
-        Ahead ahead(a);
-        ahead.add<T>(a.out, pair, tile.first);
+        Ahead ahead;
+        ahead.pace = 3;
+        foresee<T>(ahead, a, {&a.out}, pair, tile.first);
         if (next < units) {
             const Tile& after = rows[many - 1 - next / pairs];
             ahead.rows = least(tile.rows, least(after.rows, keys[0].rows));
-            ahead.add<T>(a.q, next % pairs, after.first);
-            ahead.add<T>(a.k, next % pairs, 0);
-            ahead.add<T>(a.v, next % pairs, 0);
+            foresee<T>(ahead, a, {&a.q}, next % pairs, after.first);
+            foresee<T>(ahead, a, {&a.k, &a.v}, next % pairs, 0);
         }
         forward_unit<M, T>(a, keys, pair / a.heads, pair % a.heads, tile, ahead);
     });
@@ -320,9 +331,8 @@ struct Factors<Amx> : Factors<Pair> {
 template <bool WHOLE, class M>
 static inline void differentiate(
     const Factors<M>& factors, const float* scores, const float* gradients, std::int64_t rows, float factor,
-    const float* lse, const float* delta, const Keys& keys, Ahead& ahead) {
+    const float* lse, const float* delta, const Keys& keys) {
     for (std::int64_t r = 0; r < rows; r += M::K) {
-        for (int j = 0; j < M::K; j++) ahead.step();
 #pragma GCC unroll 16
         for (int i = 0; i < VECTORS; i++) {
             vf p[M::K] = {}, g[M::K] = {};
@@ -368,12 +378,17 @@ static void backward_unit(
         right(q_right + c * right_size, wide_dim, q, a.q.token, tile.rows, a.dim);
         left(do_left + c * left_size, wide_words, dout, a.dout.token, tile.rows, a.dim);
         right(do_right + c * right_size, wide_dim, dout, a.dout.token, tile.rows, a.dim);
-        for (std::int64_t r = 0; r < tile.rows; r++) {
-            const T *o = at<const T>(a.out, b, tile.first + r, h), *d = dout + r * a.dout.token;
-            vf products{};
-            for (std::int64_t i = 0; i < a.dim; i += W) products += some(o + i, a.dim - i) * some(d + i, a.dim - i);
-            delta[c * QUERIES + r] = sum(products);
-            lse[c * QUERIES + r] = a.lse[(b * a.heads + h) * queries(a) + tile.first + r] * LOG2E;
+        const T* out = at<const T>(a.out, b, tile.first, h);
+        const float* natural = a.lse + (b * a.heads + h) * queries(a) + tile.first;
+        for (std::int64_t first = 0; first < tile.rows; first += W) {
+            vf products[W] = {};
+            for (std::int64_t r = 0; r < least(W, tile.rows - first); r++) {
+                const T *o = out + (first + r) * a.out.token, *d = dout + (first + r) * a.dout.token;
+                for (std::int64_t i = 0; i < a.dim; i += W)
+                    products[r] += some(o + i, a.dim - i) * some(d + i, a.dim - i);
+            }
+            store(delta + c * QUERIES + first, sum_of_each(products));
+            store(lse + c * QUERIES + first, some(natural + first, tile.rows - first) * LOG2E);
         }
     }
     const float factor = a.scale * LOG2E;
@@ -391,18 +406,18 @@ static void backward_unit(
             }
             const std::int64_t n = rows[c].rows, depth = (n + M::K - 1) / M::K, columns = wide_dim / W;
             product<M>(scores, KEYS, q_left + c * left_size, wide_words, 1, k_transposed, KEYS, words, n, vectors,
-                       false);
+                       false, ahead);
             product<M>(gradients, KEYS, do_left + c * left_size, wide_words, 1, v_transposed, KEYS, words, n, vectors,
-                       false);
+                       false, ahead);
             const float *l = lse + c * QUERIES, *d = delta + c * QUERIES;
-            key.rows == KEYS ? differentiate<true>(factors, scores, gradients, n, factor, l, d, there, ahead)
-                             : differentiate<false>(factors, scores, gradients, n, factor, l, d, there, ahead);
+            key.rows == KEYS ? differentiate<true>(factors, scores, gradients, n, factor, l, d, there)
+                             : differentiate<false>(factors, scores, gradients, n, factor, l, d, there);
             product<M>(dv, wide_dim, factors.weights, factors.row, factors.depth, do_right + c * right_size, wide_dim,
-                       depth, key.rows, columns, started);
+                       depth, key.rows, columns, started, ahead);
             product<M>(dk, wide_dim, factors.over_queries, factors.row, factors.depth, q_right + c * right_size,
-                       wide_dim, depth, key.rows, columns, started);
+                       wide_dim, depth, key.rows, columns, started, ahead);
             product<M>(dq + c * QUERIES * wide_dim, wide_dim, factors.over_keys, KEYS / M::K, 1, k_right, wide_dim,
-                       (key.rows + M::K - 1) / M::K, n, columns, true);
+                       (key.rows + M::K - 1) / M::K, n, columns, true, ahead);
             started = true;
         }
         if (!started) {
@@ -422,13 +437,13 @@ static void backward_unit(
 template <class M, class T>
 static void backward_all(const Attention& a, int threads) {
     const auto rows = query_tiles(a, QUERIES), keys = tiles(a.layout, 0, a.layout.blocks, KEYS);
-    parallel(threads, a.batch * a.heads, [&](std::int64_t unit) {
-        const std::int64_t next = unit + threads;  // of this thread, about
-        Ahead ahead(a);
+    const std::int64_t units = a.batch * a.heads;
+    for_all(a, units, threads, [&](std::int64_t unit, std::int64_t next) {
+        Ahead ahead;
+        ahead.pace = 2;
         ahead.rows = least(queries(a), 256);
-        for (const Tensor* x : {&a.dq, &a.dk, &a.dv}) ahead.add<T>(*x, unit, 0);
-        if (next < a.batch * a.heads)
-            for (const Tensor* x : {&a.q, &a.k, &a.v, &a.out, &a.dout}) ahead.add<T>(*x, next, 0);
+        foresee<T>(ahead, a, {&a.dq, &a.dk, &a.dv}, unit, 0);
+        if (next < units) foresee<T>(ahead, a, {&a.q, &a.k, &a.v, &a.out, &a.dout}, next, 0);
         backward_unit<M, T>(a, rows, keys, unit / a.heads, unit % a.heads, ahead);
     });
 }

@@ -9,11 +9,26 @@
 namespace ard {
 namespace ARD_ISA {
 
+// Asks for rows of some tensors before they are needed, a few at a time while products are computed: rows are a token
+// apart, which a processor does not foresee.
+struct Ahead {
+    const char* next[8];
+    std::int64_t stride[8], bytes, rows = 0;  // bytes: of a row
+    int tensors = 0, pace;                    // pace: rows at a time
+    void step() {
+        for (int n = 0; n < pace && rows > 0; n++, rows--)
+            for (int i = 0; i < tensors; i++) {
+                for (std::int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(next[i] + j, 0, 2);
+                next[i] += stride[i];
+            }
+    }
+};
+
 struct Single {
     typedef float word;
     struct Session {};                 // held while a thread computes
     static constexpr int K = 1;        // summed elements of a word
-    static constexpr int GROUP = 24;   // rows whose products with a tile are in the nearest cache together
+    static constexpr int GROUP = 48;   // rows whose products with a tile are in the nearest cache together
     static inline vf add_product(vf c, const float* a, vf b) { return c + *a * b; }
 };
 
@@ -22,7 +37,7 @@ struct Pair {
     typedef std::uint32_t word;
     struct Session {};
     static constexpr int K = 2;
-    static constexpr int GROUP = 24;
+    static constexpr int GROUP = 48;
     static inline vf add_product(vf c, const std::uint32_t* a, vf b) {
         return bits<vf>(
             _mm512_dpbf16_ps(bits<__m512>(c), bits<__m512bh>(_mm512_set1_epi32(*a)), bits<__m512bh>(b)));
@@ -96,11 +111,13 @@ constexpr int MOST_VECTORS = WIDE_FILE ? 5 : 3;
 template <class M, int NV>
 static void product_rows(
     float* c, std::int64_t ldc, const typename M::word* a, std::int64_t row_a, std::int64_t depth_a,
-    const typename M::word* b, std::int64_t ldb, std::int64_t depth, std::int64_t rows, bool add) {
+    const typename M::word* b, std::int64_t ldb, std::int64_t depth, std::int64_t rows, bool add, Ahead& ahead) {
     constexpr int MR = rows_at_once(NV);
     std::int64_t m = 0;
-    for (; m + MR <= rows; m += MR)
+    for (; m + MR <= rows; m += MR) {
+        ahead.step();
         product_tile<M, MR, NV>(c + m * ldc, ldc, a + m * row_a, row_a, depth_a, b, ldb, depth, add);
+    }
     for (; MR > 4 && m + 4 <= rows; m += 4)
         product_tile<M, 4, NV>(c + m * ldc, ldc, a + m * row_a, row_a, depth_a, b, ldb, depth, add);
     for (; m + 2 <= rows; m += 2)
@@ -114,11 +131,11 @@ template <class M>
 static void product(
     float* c, std::int64_t ldc, const typename M::word* a, std::int64_t row_a, std::int64_t depth_a,
     const typename M::word* b, std::int64_t ldb, std::int64_t depth, std::int64_t rows, std::int64_t vectors,
-    bool add) {
+    bool add, Ahead& ahead) {
     // In parts of about the same width.
     for (std::int64_t parts = (vectors + MOST_VECTORS - 1) / MOST_VECTORS; parts > 0; parts--) {
         const std::int64_t now = (vectors + parts - 1) / parts;
-        const auto call = [&](auto f) { f(c, ldc, a, row_a, depth_a, b, ldb, depth, rows, add); };
+        const auto call = [&](auto f) { f(c, ldc, a, row_a, depth_a, b, ldb, depth, rows, add, ahead); };
         switch (now) {
             case 1: call(product_rows<M, 1>); break;
             case 2: call(product_rows<M, 2>); break;

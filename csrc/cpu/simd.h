@@ -142,14 +142,6 @@ static inline float sum(vf x) {
 
 static inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
-// NaN may be passed over.
-template <int s = W / 2>
-static inline float largest(vf x) {
-    x = larger(x, shuffled<Exchange<s>>(x, x));
-    if constexpr (s > 1) return largest<s / 2>(x);
-    return x[0];
-}
-
 template <int s>
 struct Upper {
     static constexpr int of(int j) { return j & s ? W + j - s : j; }
@@ -159,6 +151,27 @@ template <int s>
 struct Lower {
     static constexpr int of(int j) { return j & s ? W + j : j + s; }
 };
+
+// Lane r of the result is rows[r] reduced by f, of W rows, which are overwritten.
+template <int s = 1, class F>
+static inline vf reduced(vf* rows, F f) {
+#pragma GCC unroll 8
+    for (int i = 0; i < W / s / 2; i++) {
+        const vf a = rows[2 * i], b = rows[2 * i + 1];
+        rows[i] = f(shuffled<Upper<s>>(a, b), shuffled<Lower<s>>(a, b));
+    }
+    if constexpr (2 * s < W) return reduced<2 * s>(rows, f);
+    return rows[0];
+}
+
+// NaN may be passed over.
+static inline vf largest_of_each(vf* rows) {
+    return reduced(rows, [](vf a, vf b) { return larger(a, b); });
+}
+
+static inline vf sum_of_each(vf* rows) {
+    return reduced(rows, [](vf a, vf b) { return a + b; });
+}
 
 // (W, W) transposed in place: the two blocks off the diagonal change places, at every size.
 template <int s = 1>
@@ -173,26 +186,26 @@ static inline void transpose(vu* rows) {
     if constexpr (2 * s < W) transpose<2 * s>(rows);
 }
 
-// 2^x for x < 127, relative error below 2e-7 (Taylor's polynomial of degree 6 on [-1/2, 1/2]); 0 where the result is
-// below the smallest normal number, or as good; NaN stays NaN.
+// 2^x for x < 127, relative error below 2e-7 (the polynomial of degree 5 through 1 whose largest relative error on
+// [-1/2, 1/2] is least, 9.2e-8); 0 where the result is below the smallest normal number, or as good; NaN stays NaN.
 static inline vf exp2(vf x) {
-#ifdef __AVX512DQ__
-    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    const __m512 n = _mm512_roundscale_ps(bits<__m512>(x), nearest);
-    const vf f = bits<vf>(_mm512_reduce_ps(bits<__m512>(x), nearest));  // x - n, of -inf 0
+#ifdef __AVX512F__
+    // Zen 5 lets vreduceps wait for what its target register held before: a difference takes its place.
+    const __m512 above = _mm512_max_ps(_mm512_set1_ps(-200.0f), bits<__m512>(x));
+    const __m512 n = _mm512_roundscale_ps(above, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const vf f = bits<vf>(above) - bits<vf>(n);
 #else
     const vf low = all(-127.0f), magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const vf shifted = (low > x ? low : x) + magic;
     const vf n = shifted - magic, f = (low > x ? low : x) - n;
 #endif
-    vf y = all(1.5403530393381609e-4f);
-    y = y * f + 1.3333558146428443e-3f;
-    y = y * f + 9.6181291076284772e-3f;
-    y = y * f + 5.5504108664821580e-2f;
-    y = y * f + 2.4022650695910071e-1f;
-    y = y * f + 6.9314718055994531e-1f;
+    vf y = all(1.3264726899305072e-3f);
+    y = y * f + 9.6715126605979480e-3f;
+    y = y * f + 5.5507337442432510e-2f;
+    y = y * f + 2.4022242084918513e-1f;
+    y = y * f + 6.9314697759847250e-1f;
     y = y * f + 1.0f;
-#ifdef __AVX512DQ__
+#ifdef __AVX512F__
     return bits<vf>(_mm512_scalef_ps(bits<__m512>(y), n));
 #else
     return y * bits<vf>((bits<vi>(shifted) - bits<vi>(magic) + 127) << 23);
