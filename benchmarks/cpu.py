@@ -4,9 +4,10 @@
 
 Attention, forward and backward, against scaled_dot_product_attention, plain matmuls and the eager backend;
 gated residual + adaLN against the eager backend and torch.compile of the composition. Candidates alternate in
-one process. Beside each time: useful GFLOP/s or GB/s, and the share of what this machine reaches in a large
-matrix product of that dtype or in a copy. Of attention also the memory that a call takes at most beside its
-inputs, each in a process of its own (on Linux).
+one process, which keeps the memory that it frees (with --default-allocator as the C library does it). Beside
+each time: useful GFLOP/s or GB/s, and the share of what this machine reaches in a large matrix product of that
+dtype or in a copy. Of attention also the memory that a call takes at most beside its inputs, each in a process
+of its own (on Linux).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 
 from ard_kernels import BlockLayout, block_attention, gated_residual_adaln, reference, use_backend
 from ard_kernels.backends import native
-from benchmarks.common import RESULTS, environment, medians, write_json
+from benchmarks.common import RESULTS, environment, keep_freed_memory, medians, write_json
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _LENGTHS = (64, 256, 1024)
@@ -102,8 +103,9 @@ def _resident(which: str) -> float:
 def peak_memory(candidate: str, name: str, length: int, dim: int) -> float | None:
     """MiB that attention takes at most beside its inputs: results, and what its kernels use meanwhile.
 
-    Only a process that has not run it before can say so, since kernels keep their memory. None where there is no
-    Linux."""
+    Only a process that has not run it before can say so, since kernels keep their memory. None where there is
+    no Linux.
+    """
     if not _CLEAR.exists():
         return None
     _attention_candidates(name, 256, 64, dim)[candidate]()  # loads and makes what does not depend on the size
@@ -179,10 +181,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(_LENGTHS))
+    parser.add_argument("--default-allocator", action="store_true", help="see above")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json")
     given = parser.parse_args(arguments)
     if native.C is None:
         raise SystemExit(f"cpu: {native.REASON}")
+    kept = not given.default_allocator and keep_freed_memory()
     torch.manual_seed(0)
     ceilings = _ceilings(given.repeats)
     print(", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()), "(GFLOP/s; copy: GB/s)")
@@ -201,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append(row)
             print(_line(row, ceilings), flush=True)
     write_json(given.out, {"ceilings": ceilings, "rows": rows, "instruction_set": native.C.instruction_set(),
-                           "environment": environment()})  # fmt: skip
+                           "freed_memory_kept": kept, "environment": environment()})  # fmt: skip
 
 
 if __name__ == "__main__":
