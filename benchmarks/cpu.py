@@ -5,9 +5,9 @@
 Attention, forward and backward, against scaled_dot_product_attention, plain matmuls and the eager backend;
 gated residual + adaLN against the eager backend and torch.compile of the composition. Candidates alternate in
 one process, which keeps the memory that it frees (with --default-allocator as the C library does it). Beside
-each time: useful GFLOP/s or GB/s, and the share of what this machine reaches in a large matrix product of that
-dtype or in a copy. Of attention also the memory that a call takes at most beside its inputs, each in a process
-of its own (on Linux).
+each time: useful GFLOP/s or GB/s, and the share of what this machine reaches in a large matrix product of
+that dtype or in a copy. Of attention also the memory that a call takes at most beside its inputs, each in a
+process of its own (on Linux).
 """
 
 from __future__ import annotations
