@@ -208,21 +208,21 @@ static inline vf exp2(vf x) {
 #ifdef __AVX512F__
     return bits<vf>(_mm512_scalef_ps(bits<__m512>(y), n));
 #else
-    return y * bits<vf>((bits<vi>(shifted) - bits<vi>(magic) + 127) << 23);
+    return y * bits<vf>((bits<vu>(shifted) - bits<vu>(magic) + 127) << 23);
 #endif
 }
 
 // Logarithm to the base of 2 for x >= the smallest normal number, absolute error below 1e-7 beside the result's own
 // rounding (atanh's series around the nearest power of 2); of 0 something below -126; infinity and NaN stay.
 static inline vf log2(vf x) {
-    const vi top = (bits<vi>(x) - 0x3f3504f3) & ~0x7fffff;  // of x / sqrt(1/2): the power of 2, as bits
-    const vf m = bits<vf>(bits<vi>(x) - top), t = (m - 1.0f) / (m + 1.0f), u = t * t;
+    const vu top = (bits<vu>(x) - 0x3f3504f3u) & ~0x7fffffu;  // of x / sqrt(1/2): the power of 2, as bits
+    const vf m = bits<vf>(bits<vu>(x) - top), t = (m - 1.0f) / (m + 1.0f), u = t * t;
     vf y = all(3.2059890e-1f);
     y = y * u + 4.1219858e-1f;
     y = y * u + 5.7707802e-1f;
     y = y * u + 9.6179669e-1f;
     y = y * u + 2.8853901f;
-    y = y * t + __builtin_convertvector(top >> 23, vf);
+    y = y * t + __builtin_convertvector(bits<vi>(top) >> 23, vf);
     return x < all(INFINITY) ? y : x;
 }
 
