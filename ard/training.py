@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -274,6 +274,9 @@ def _with_weights(model: nn.Module, ema: _EMA, use: Callable[[nn.Module], Tensor
                 p.copy_(own[name])
 
 
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
 def accelerator_for(o: Optimisation, unused: bool = False) -> Accelerator:
     """The processes and the precision to train with; options that cannot work are an error here, before
     any file.
@@ -301,6 +304,9 @@ def accelerator_for(o: Optimisation, unused: bool = False) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
+    if accelerator.distributed_type in _SHARDED:
+        raise ValueError(f"accelerate is set up for {accelerator.distributed_type.value}, accepted is DDP: "
+                         "checkpoints and averages hold whole weights")  # fmt: skip
     if o.batch_size % (accelerator.num_processes * o.accumulate):
         raise ValueError(f"batch_size is {o.batch_size}, accepted are multiples of processes x accumulate "
                          f"({accelerator.num_processes} x {o.accumulate})")  # fmt: skip

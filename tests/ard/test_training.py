@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
@@ -368,6 +369,12 @@ def test_a_flow_teacher_is_trained_and_distilled(tmp_path: Path, schedule: Sched
     wanted = [1000.0, 750.0, 500.0, 250.0] if schedule == "flow-to-noise" else [0.0, 0.25, 0.5, 0.75]
     assert student.times.tolist() == wanted
     assert trained["diffusion"]["schedule"] == schedule
+
+
+def test_sharded_training_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
+    with pytest.raises(ValueError, match="accelerate is set up for FSDP, accepted is DDP"):
+        accelerator_for(Optimisation())
 
 
 @pytest.mark.parametrize(
