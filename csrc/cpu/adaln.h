@@ -13,7 +13,7 @@ namespace ard {
 namespace ARD_ISA {
 
 // Rows of a unit. 64 keep the partial sums of the table gradients below a tenth of the activations.
-constexpr std::int64_t ROWS = 64;
+constexpr std::int64_t ROWS = 32;
 
 template <class T>
 static inline vf get(const T* p, int n) {
@@ -181,13 +181,20 @@ static void backward_rows(const Adaln& a, const Unit& unit, float* partial) {
     }
 }
 
-// A table gradient's row: the sum of its units' partial sums, in order.
+// A table gradient's row: the sum of its units' partial sums, in order, a few at a time so that no small number is
+// added to a very large one.
+constexpr std::int64_t TOGETHER = 8;
 static void table_gradient(
     const Tensor& to, const float* partial, std::int64_t units, std::int64_t row, std::int64_t width) {
     if (to.data == nullptr) return;
     columns(width, [&](std::int64_t i, int n) {
         vf total{};
-        for (std::int64_t u = 0; u < units; u++) total += get(partial + 3 * u * width + i, n);
+        for (std::int64_t first = 0; first < units; first += TOGETHER) {
+            vf some{};
+            for (std::int64_t u = first; u < units && u < first + TOGETHER; u++)
+                some += get(partial + 3 * u * width + i, n);
+            total += some;
+        }
         if (to.dtype == DType::f32)
             put(static_cast<float*>(to.data) + row * width + i, total, n);
         else
