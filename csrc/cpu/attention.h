@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <initializer_list>
 #include <vector>
 
 #include "amx.h"
@@ -81,8 +82,9 @@ static inline void write_row(T* to, const float* row, float factor, std::int64_t
 
 // Rows of the tensors, from token t of sample and head `pair` on.
 template <class T>
-static void foresee(Ahead& ahead, const Attention& a, std::initializer_list<const Tensor*> tensors, std::int64_t pair,
-                    std::int64_t t) {
+static void foresee(
+    Ahead& ahead, const Attention& a, std::initializer_list<const Tensor*> tensors, std::int64_t pair,
+    std::int64_t t) {
     ahead.bytes = a.dim * sizeof(T);
     for (const Tensor* x : tensors) {
         ahead.next[ahead.tensors] = reinterpret_cast<const char*>(at<T>(*x, pair / a.heads, t, pair % a.heads));
@@ -174,6 +176,7 @@ static void forward_unit(
     const Attention& a, const std::vector<Tile>& keys, std::int64_t b, std::int64_t h, const Tile& tile, Ahead& ahead) {
     typedef typename M::word word;
     constexpr std::int64_t GROUP = M::GROUP;
+    static_assert(GROUP % W == 0, "");  // rows are reduced W at a time
     [[maybe_unused]] const typename M::Session session;
     const std::int64_t words = (a.dim + M::K - 1) / M::K, wide_words = up(words, W), wide_dim = up(a.dim, W);
     const std::int64_t n = tile.rows, rows_size = up(n, GROUP), keys_size = wide_words * KEYS + KEYS * wide_dim;
