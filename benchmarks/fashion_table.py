@@ -192,6 +192,15 @@ def _record(config: TableConfig, folder: str) -> None:
     )  # fmt: skip
 
 
+def _recorded(folder: Path) -> bool:
+    """Whether the trajectories are all there: a table may be collected while they are being made."""
+    try:
+        TrajectoryStore(folder)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _teacher_metrics(config: TableConfig, folder: str) -> dict[str, Any]:
     target = config.out / folder / "evaluation.json"
     if not target.exists():
@@ -226,7 +235,7 @@ def _collect(config: TableConfig) -> dict[str, Any]:
     folders = {"teacher, 250 steps": "held-out-250", "teacher, 25 steps": "held-out"}
     rows = []
     for name, (steps, published) in _TEACHERS.items():
-        if not (config.out / folders[name] / "manifest.json").exists():
+        if not _recorded(config.out / folders[name]):
             continue
         own = {**_teacher_metrics(config, folders[name]), "errors": []}
         rows.append({"name": name, "key": folders[name], "steps": steps, "seeds": [own], "curves": [],
