@@ -221,8 +221,8 @@ static void forward_unit(
 }
 
 // f(unit, next) for every unit: a tile of rows for a sample and head, counted sample by sample; next: the one that this
-// thread takes afterwards, most likely. Heads of a sample share cache lines: one thread takes them all where there are
-// samples enough.
+// thread takes afterwards, most likely. Heads of a sample share cache lines: one thread takes them all where samples are
+// so many that the last ones do not leave other threads idle for long (6 % at 16 a thread).
 template <class F>
 static void for_all(const Attention& a, std::int64_t units, int threads, const F& f) {
     const std::int64_t each = a.batch >= 16 * threads ? a.heads : 1;
@@ -241,7 +241,7 @@ static void forward_all(const Attention& a, int threads) {
         const std::int64_t pair = unit % pairs;
         const Tile& tile = rows[many - 1 - unit / pairs];
         Ahead ahead;
-        ahead.pace = 3;
+        ahead.pace = 3;  // 2 products of 11 groups of rows, for a tile of 64 queries and one of keys
         foresee<T>(ahead, a, {&a.out}, pair, tile.first);
         if (next < units) {
             const Tile& after = rows[many - 1 - next / pairs];
@@ -443,8 +443,8 @@ static void backward_all(const Attention& a, int threads) {
     const std::int64_t units = a.batch * a.heads;
     for_all(a, units, threads, [&](std::int64_t unit, std::int64_t next) {
         Ahead ahead;
-        ahead.pace = 2;
-        ahead.rows = least(queries(a), 256);
+        ahead.pace = 2;                       // 5 products
+        ahead.rows = least(queries(a), 256);  // of 8 tensors: a quarter of a MiB that must stay in the cache until then
         foresee<T>(ahead, a, {&a.dq, &a.dk, &a.dv}, unit, 0);
         if (next < units) foresee<T>(ahead, a, {&a.q, &a.k, &a.v, &a.out, &a.dout}, next, 0);
         backward_unit<M, T>(a, rows, keys, unit / a.heads, unit % a.heads, ahead);

@@ -14,7 +14,7 @@ namespace ARD_ISA {
 struct Ahead {
     const char* next[8];
     std::int64_t stride[8], bytes, rows = 0;  // bytes: of a row
-    int tensors = 0, pace;                    // pace: rows at a time
+    int tensors = 0, pace;                    // pace: rows at a time, so that 64 are asked for during a tile's products
     void step() {
         for (int n = 0; n < pace && rows > 0; n++, rows--)
             for (int i = 0; i < tensors; i++) {
@@ -28,7 +28,7 @@ struct Single {
     typedef float word;
     struct Session {};                 // held while a thread computes
     static constexpr int K = 1;        // summed elements of a word
-    static constexpr int GROUP = 48;   // rows whose products with a tile are in the nearest cache together
+    static constexpr int GROUP = 48;   // rows at a time in the forward: whole vectors, and rows_at_once of most widths
     static inline vf add_product(vf c, const float* a, vf b) { return c + *a * b; }
 };
 

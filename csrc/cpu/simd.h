@@ -191,7 +191,7 @@ static inline void transpose(vu* rows) {
 static inline vf exp2(vf x) {
 #ifdef __AVX512F__
     // Zen 5 lets vreduceps wait for what its target register held before: a difference takes its place.
-    const __m512 above = _mm512_max_ps(_mm512_set1_ps(-200.0f), bits<__m512>(x));
+    const __m512 above = _mm512_max_ps(_mm512_set1_ps(-200.0f), bits<__m512>(x));  // 2^-200 is 0
     const __m512 n = _mm512_roundscale_ps(above, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const vf f = bits<vf>(above) - bits<vf>(n);
 #else

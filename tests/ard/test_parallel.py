@@ -6,7 +6,6 @@ import copy
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -71,15 +70,8 @@ def test_gradients_are_those_of_one_process(kind: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        f"--master-port={port}",
-        __file__,
-    ]
-    done = subprocess.run([*command, kind], cwd=Path(__file__).parent, capture_output=True, text=True)
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    done = subprocess.run([sys.executable, *launch, __file__, kind], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

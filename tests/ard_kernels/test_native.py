@@ -97,6 +97,23 @@ def test_results_do_not_depend_on_the_number_of_threads(
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", _DTYPES, ids=str)
+def test_many_samples_are_each_one_of_them(threads: Callable[[int], None], dtype: torch.dtype) -> None:
+    """From 16 samples a thread on, a thread takes all heads of a sample: bits are those of a sample alone."""
+    threads(2)
+    layout = BlockLayout((20, 3))
+    inputs = normal(4, 33, layout.total, 3, 24, dtype=dtype).unbind(0)
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        *leaves, dout = (x.detach().requires_grad_() for x in tensors)
+        out = block_attention(*leaves, layout)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+    alone = [run(*(x[b : b + 1] for x in inputs)) for b in range(33)]
+    for whole, parts in zip(run(*inputs), zip(*alone, strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+
+
 def test_a_forked_process_computes_the_same(threads: Callable[[int], None]) -> None:
     """Threads do not survive a fork: waiting for them would hang a data loader's worker."""
     threads(2)
