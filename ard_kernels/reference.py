@@ -6,6 +6,7 @@ Every backend is held to these functions evaluated in float64, for values and fo
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ard_kernels.layout import BlockLayout, Mask
@@ -69,3 +70,8 @@ def gated_residual_adaln(
     """`gated_residual`, then `adaln` of its result; both are returned."""
     x = gated_residual(x, branch, gate, layout)
     return x, adaln(x, shift, scale, layout, eps)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2."""
+    return F.gelu(x, approximate="tanh")

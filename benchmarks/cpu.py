@@ -3,11 +3,11 @@
     python -m benchmarks.cpu
 
 Attention, forward and backward, against scaled_dot_product_attention, plain matmuls and the eager backend;
-gated residual + adaLN against the eager backend and torch.compile of the composition. Candidates alternate in
-one process, which keeps the memory that it frees (with --default-allocator as the C library does it). Beside
-each time: useful GFLOP/s or GB/s, and the share of what this machine reaches in a large matrix product of
-that dtype or in a copy. Of attention also the memory that a call takes at most beside its inputs, each in a
-process of its own (on Linux).
+gated residual + adaLN, and GELU, against the eager backend and torch.compile of the composition. Candidates
+alternate in one process, which keeps the memory that it frees (with --default-allocator as the C library does
+it). Beside each time: useful GFLOP/s or GB/s, and the share of what this machine reaches in a large matrix
+product of that dtype or in a copy. Of attention also the memory that a call takes at most beside its inputs,
+each in a process of its own (on Linux).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ard_kernels import BlockLayout, block_attention, gated_residual_adaln, reference, use_backend
+from ard_kernels import BlockLayout, block_attention, gated_residual_adaln, gelu, reference, use_backend
 from ard_kernels.backends import native
 from benchmarks.common import RESULTS, environment, keep_freed_memory, medians, write_json
 
@@ -33,6 +33,7 @@ _HEAD_DIMS = (64, 72)
 _TOKENS = 4096  # of all samples together
 _HEADS = 6
 _BATCH, _BLOCKS, _LENGTH, _WIDTH = 8, 4, 256, 1152  # of adaLN
+_HIDDEN = 1536  # the width inside DiT-S's MLP
 
 
 def _ceilings(repeats: int) -> dict[str, float]:
@@ -140,26 +141,45 @@ def _adaln(name: str, repeats: int) -> list[dict[str, Any]]:
     packed = torch.randn(_BATCH, _BLOCKS, 6, _WIDTH, dtype=dtype, requires_grad=True)
     tables = packed.unbind(2)[:3]
     douts = [torch.randn_like(x) for _ in range(2)]
-    compiled = torch.compile(reference.gated_residual_adaln)
 
     def forward(operator: Callable[..., Any]) -> Callable[[], Any]:
         return lambda: operator(x, branch, *tables, layout)
 
-    def backward(outs: Any) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(outs, (x, branch, packed), douts, retain_graph=True)
+    # Activations read and written: x, branch, residual, y; dx, dy, x, branch, dx, dbranch.
+    return _elementwise(
+        "gated residual + adaLN", name, (4, 6), x, (x, branch, packed), douts, repeats,
+        native=_with("native", forward(gated_residual_adaln)),
+        eager=_with("eager", forward(gated_residual_adaln)),
+        compile=forward(torch.compile(reference.gated_residual_adaln)),
+    )  # fmt: skip
 
-    forwards = {
-        "native": _with("native", forward(gated_residual_adaln)),
-        "eager": _with("eager", forward(gated_residual_adaln)),
-        "compile": forward(compiled),
-    }
+
+def _gelu(name: str, repeats: int) -> list[dict[str, Any]]:
+    x = torch.randn(_TOKENS, _HIDDEN, dtype=_DTYPES[name], requires_grad=True)
+    compiled = torch.compile(reference.gelu)
+    return _elementwise(
+        "GELU", name, (2, 3), x, (x,), torch.randn_like(x), repeats,
+        native=_with("native", lambda: gelu(x)),
+        eager=_with("eager", lambda: gelu(x)),
+        compile=lambda: compiled(x),
+    )  # fmt: skip
+
+
+def _elementwise(
+    operator: str, dtype: str, passes: tuple[int, int], x: Tensor, leaves: tuple[Tensor, ...], douts: Any,
+    repeats: int, **forwards: Callable[[], Any],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Forward and backward of what memory bounds; passes: how many tensors like x each reads or writes."""
+
+    def backward(outs: Any) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(outs, leaves, douts, retain_graph=True)
+
     backwards = {key: backward(run()) for key, run in forwards.items()}
     rows = []
-    # Activations read and written: x, branch, residual, y; dx, dy, x, branch, dx, dbranch.
-    for phase, candidates, passes in (("forward", forwards, 4), ("backward", backwards, 6)):
+    for phase, candidates, many in zip(("forward", "backward"), (forwards, backwards), passes, strict=True):
         seconds = medians(candidates, repeats)
-        gigabytes = passes * x.numel() * x.element_size() / 1e9
-        rows.append(_row("gated residual + adaLN", name, phase, seconds, gigabytes, "GB/s", "copy"))
+        gigabytes = many * x.numel() * x.element_size() / 1e9
+        rows.append(_row(operator, dtype, phase, seconds, gigabytes, "GB/s", "copy"))
     return rows
 
 
@@ -201,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
             for dim in _HEAD_DIMS:
                 rows.append(_attention(name, length, dim, given.repeats))
                 print(_line(rows[-1], ceilings), flush=True)
-        for row in _adaln(name, given.repeats):
+        for row in (*_adaln(name, given.repeats), *_gelu(name, given.repeats)):
             rows.append(row)
             print(_line(row, ceilings), flush=True)
     write_json(given.out, {"ceilings": ceilings, "rows": rows, "instruction_set": native.C.instruction_set(),

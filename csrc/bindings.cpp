@@ -132,6 +132,12 @@ void adaln(
     (backward ? chosen->adaln_backward : chosen->adaln_forward)(a, threads);
 }
 
+void gelu(std::int64_t count, const Given& x, const Given& dout, const Given& out, int threads) {
+    const Gelu g{count, tensor(x), tensor(dout), tensor(out)};
+    const py::gil_scoped_release unlocked;
+    chosen->gelu(g, threads);
+}
+
 #ifdef ARD_HAS_CUDA
 void adaln_cuda(
     bool backward, bool clusters, std::int64_t batch, std::int64_t width, const std::vector<std::int64_t>& lengths,
@@ -152,6 +158,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of ard_kernels.";
     m.def("attention", &ard::attention);
     m.def("adaln", &ard::adaln);
+    m.def("gelu", &ard::gelu);
 #ifdef ARD_HAS_CUDA
     m.def("adaln_cuda", &ard::adaln_cuda);
 #else

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ard.models.history import History, TeacherForced
 from ard.models.pretrained import Pretrained
-from ard_kernels import BlockLayout, adaln, gated_residual_adaln
+from ard_kernels import BlockLayout, adaln, gated_residual_adaln, gelu
 
 if TYPE_CHECKING:
     from ard.diffusion import Diffusion
@@ -123,7 +122,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.fc2(gelu(self.fc1(x)))
         return out
 
 

@@ -16,29 +16,11 @@ namespace ARD_ISA {
 // rounding errors where PyTorch's sums have theirs (64: a quarter more).
 constexpr std::int64_t ROWS = 32;
 
-template <class T>
-static inline vf get(const T* p, int n) {
-    return n == W ? load(p) : load(p, n);
-}
-
-template <class T>
-static inline void put(T* p, vf x, int n) {
-    n == W ? store(p, x) : store(p, x, n);
-}
-
 static inline vf only(vf x, int n) {
     if (n == W) return x;
     float full[W] = {};
     store(full, x, n);
     return load(full);
-}
-
-// f(first column, how many) over a row.
-template <class F>
-static inline void columns(std::int64_t width, const F& f) {
-    std::int64_t i = 0;
-    for (; i + W <= width; i += W) f(i, W);
-    if (i < width) f(i, static_cast<int>(width - i));
 }
 
 template <class T>

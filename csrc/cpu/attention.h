@@ -64,20 +64,9 @@ static T* at(const Tensor& x, std::int64_t b, std::int64_t t, std::int64_t h) {
     return static_cast<T*>(x.data) + b * x.batch + t * x.token + h * x.head;
 }
 
-static inline void write(float* to, vf x, std::int64_t n) { n < W ? store(to, x, static_cast<int>(n)) : store(to, x); }
-#ifdef __AVX512BF16__
-static inline void write(bf16* to, vf x, std::int64_t n) {
-    const __m256i halves = bits<__m256i>(_mm512_cvtneps_pbh(bits<__m512>(x)));
-    n < W ? _mm256_mask_storeu_epi16(to, lanes(static_cast<int>(n)), halves)
-          : _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
-}
-#else
-static inline void write(bf16* to, vf x, std::int64_t n) { n < W ? store(to, x, static_cast<int>(n)) : store(to, x); }
-#endif
-
 template <class T>
 static inline void write_row(T* to, const float* row, float factor, std::int64_t width) {
-    for (std::int64_t i = 0; i < width; i += W) write(to + i, load(row + i) * factor, width - i);
+    columns(width, [&](std::int64_t i, int many) { put(to + i, load(row + i) * factor, many); });
 }
 
 // Rows of the tensors, from token t of sample and head `pair` on.
@@ -216,7 +205,7 @@ static void forward_unit(
         store(share, 1.0f / sums);
         for (std::int64_t r = first; r < least(first + W, n); r++)
             write_row(at<T>(a.out, b, tile.first + r, h), out + r * wide_dim, share[r - first], a.dim);
-        write(lse + first, (load(top + first) + log2(sums)) * LN2, n - first);
+        put(lse + first, (load(top + first) + log2(sums)) * LN2, static_cast<int>(least(W, n - first)));
     }
 }
 

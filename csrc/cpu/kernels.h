@@ -59,12 +59,19 @@ struct Adaln {
     Tensor dy, dx_in, dx, dbranch, dgate, dshift, dscale;
 };
 
+// One dtype, contiguous. dout: only of the backward, which writes the gradient of x to out.
+struct Gelu {
+    std::int64_t count;
+    Tensor x, dout, out;
+};
+
 struct Kernels {
     const char* name;
     void (*attention_forward)(const Attention&, int threads);
     void (*attention_backward)(const Attention&, int threads);
     void (*adaln_forward)(const Adaln&, int threads);
     void (*adaln_backward)(const Adaln&, int threads);
+    void (*gelu)(const Gelu&, int threads);
 };
 
 }  // namespace ard

@@ -63,19 +63,35 @@ static inline vf load(const float* p) {
     return x;
 }
 
+#ifdef __AVX512F__
+// GCC 12 widens and narrows these vectors in halves.
+static inline vu widened(vh x) { return bits<vu>(_mm512_cvtepu16_epi32(bits<__m256i>(x))); }
+
+static inline vh narrowed(vu x) { return bits<vh>(_mm512_cvtepi32_epi16(bits<__m512i>(x))); }
+#else
+static inline vu widened(vh x) { return __builtin_convertvector(x, vu); }
+
+static inline vh narrowed(vu x) { return __builtin_convertvector(x, vh); }
+#endif
+
 static inline vf load(const bf16* p) {
     vh x;
     std::memcpy(&x, p, sizeof x);
-    return bits<vf>(__builtin_convertvector(x, vu) << 16);
+    return bits<vf>(widened(x) << 16);
 }
 
 static inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 
-// To the nearest, ties to even; NaN stays NaN.
+// To the nearest, ties to even; NaN stays NaN. (The processor's own instruction takes what is below the smallest normal
+// number for 0.)
 static inline vh rounded(vf x) {
+#ifdef __AVX512BF16__
+    return bits<vh>(_mm512_cvtneps_pbh(bits<__m512>(x)));
+#else
     const vu u = bits<vu>(x);
     const vu up = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    return __builtin_convertvector(x == x ? up : (u >> 16) | 0x40, vh);
+    return narrowed(x == x ? up : (u >> 16) | 0x40);
+#endif
 }
 
 static inline void store(bf16* p, vf x) {
@@ -111,6 +127,25 @@ static inline void store(T* p, vf x, int n) {
     std::memcpy(p, full, n * sizeof(T));
 }
 #endif
+
+// The first n of a vector, or all of it.
+template <class T>
+static inline vf get(const T* p, int n) {
+    return n == W ? load(p) : load(p, n);
+}
+
+template <class T>
+static inline void put(T* p, vf x, int n) {
+    n == W ? store(p, x) : store(p, x, n);
+}
+
+// f(first, how many) over the vectors of a row.
+template <class F>
+static inline void columns(std::int64_t width, const F& f) {
+    std::int64_t i = 0;
+    for (; i + W <= width; i += W) f(i, W);
+    if (i < width) f(i, static_cast<int>(width - i));
+}
 
 // Element j of the result is element Index::of(j) of a followed by b.
 template <class Index, class V, std::size_t... j>

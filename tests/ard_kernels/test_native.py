@@ -17,6 +17,7 @@ from ard_kernels import (
     block_attention,
     cached_block_attention,
     gated_residual_adaln,
+    gelu,
     reference,
 )
 from ard_kernels.backends import native
@@ -84,6 +85,28 @@ def test_adaln_of_every_instruction_set(
     assert_accurate(got, exact, plain, 6.0, stored=dtype)
 
 
+def _gelu(operator: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+    leaf = x.detach().requires_grad_()
+    return gradients(operator(leaf), leaf)
+
+
+@pytest.mark.parametrize("dtype", _DTYPES, ids=str)
+def test_gelu_of_every_instruction_set(assert_accurate: Callable[..., None], dtype: torch.dtype) -> None:
+    """More than a thread's unit, with a remainder of a vector."""
+    x = 3 * normal(40_003, dtype=dtype)
+    got, exact, plain = _gelu(gelu, x), _gelu(reference.gelu, x.double()), _gelu(reference.gelu, x)
+    assert_accurate(got, exact, plain, 3.0)
+
+
+@settings(max_examples=20)
+@given(offset=st.integers(0, 9), count=st.integers(1, 70), dtype=st.sampled_from(_DTYPES))
+def test_gelu_at_any_alignment(offset: int, count: int, dtype: torch.dtype) -> None:
+    memory = normal(offset + count + 9, dtype=dtype)
+    before, view = memory.clone(), memory[offset : offset + count]
+    assert all(torch.equal(a, b) for a, b in zip(_gelu(gelu, view), _gelu(gelu, view.clone()), strict=True))
+    assert torch.equal(memory, before)
+
+
 @pytest.mark.parametrize("dtype", _DTYPES, ids=str)
 def test_results_do_not_depend_on_the_number_of_threads(
     threads: Callable[[int], None], dtype: torch.dtype
@@ -92,7 +115,8 @@ def test_results_do_not_depend_on_the_number_of_threads(
     for count in (1, 2, 5):
         threads(count)
         modulated = _adaln(gated_residual_adaln, _adaln_inputs(dtype, dtype, 72))
-        results.append([*_attention(_RAGGED, "causal", dtype), *modulated])
+        activated = _gelu(gelu, normal(40_003, dtype=dtype))
+        results.append([*_attention(_RAGGED, "causal", dtype), *modulated, *activated])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
