@@ -1,6 +1,6 @@
 """GELU as DiT uses it: argument checks, operator registration, autograd and backend choice.
 
-PyTorch's own serves every device but the CPU, where it takes four times as long as the memory does.
+PyTorch's own serves every device but the CPU, where it takes 2.5 to 3.4 times as long as the compiled kernel.
 """
 
 from __future__ import annotations
