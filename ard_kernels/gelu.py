@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ard_kernels.backends import forced, gelu_native
+from ard_kernels.backends import forced, gelu_native, native
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def gelu(x: Tensor) -> Tensor:
         raise ValueError(f"gelu: x is {x.dtype}, accepted are floating dtypes")
     demanded = forced()
     if demanded in (None, "native") and x.device.type == "cpu":
-        reason = gelu_native.supports(x)
+        reason = native.supports(x)
         if reason is None:
             return cast(Tensor, _gelu(x))
         if demanded is not None:
@@ -42,7 +42,7 @@ def gelu(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("ard_kernels::gelu", mutates_args=())
 def _gelu(x: Tensor) -> Tensor:
-    return gelu_native.gelu_forward(x)
+    return gelu_native.gelu(x)
 
 
 @_gelu.register_fake
@@ -52,7 +52,7 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("ard_kernels::gelu_backward", mutates_args=())
 def _gelu_backward(dout: Tensor, x: Tensor) -> Tensor:
-    return gelu_native.gelu_backward(dout, x)
+    return gelu_native.gelu(x, dout)
 
 
 @_gelu_backward.register_fake

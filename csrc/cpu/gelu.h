@@ -9,7 +9,7 @@
 namespace ard {
 namespace ARD_ISA {
 
-// Numbers of a unit of work.
+// Numbers of a unit of work: 5 to 10 microseconds, next to which handing it out is nothing.
 constexpr std::int64_t GELU_UNIT = 16384;
 
 template <class T>

@@ -106,7 +106,7 @@ static inline __mmask16 lanes(int n) { return static_cast<__mmask16>((1 << n) - 
 static inline vf load(const float* p, int n) { return bits<vf>(_mm512_maskz_loadu_ps(lanes(n), p)); }
 
 static inline vf load(const bf16* p, int n) {
-    return bits<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(n), p)), 16));
+    return bits<vf>(widened(bits<vh>(_mm256_maskz_loadu_epi16(lanes(n), p))) << 16);
 }
 
 static inline void store(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, lanes(n), bits<__m512>(x)); }
