@@ -53,8 +53,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 def amx(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     able = "amx_emulated" in emulated.instruction_sets()
     # Only the tiles are emulated. What is around them is compiled for AVX-512 with bfloat16, which every
-    # processor with AMX has: elsewhere it is an illegal instruction, not a wrong result. A mistake in our look
-    # at the processor fails here, since PyTorch's own must agree.
+    # processor with AMX has: elsewhere it is an illegal instruction, not a wrong result. A mistake in our
+    # look at the processor fails here, since PyTorch's own must agree.
     assert able == torch.cpu._is_avx512_bf16_supported()
     if not able:
         pytest.skip("around the emulated tiles run AVX-512 bfloat16 instructions, which this processor lacks")
