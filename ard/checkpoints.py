@@ -187,6 +187,19 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _check_readable(
+    model: DiT | ARDTransformer, accepted: type[nn.Module], tensors: Mapping[str, Tensor]
+) -> None:
+    """A folder is read back as the class that it names: what would not fit it then is an error now."""
+    if type(model) is not accepted:
+        raise ValueError(
+            f"save: the model is a {type(model).__name__}, accepted is {accepted.__name__} itself; of "
+            "another class save the state dict"
+        )
+    with torch.device("meta"):
+        check_fit(accepted(**model.config).state_dict(), tensors, "save")
+
+
 def _write(folder: Path, description: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     write_tensors(folder / WEIGHTS, tensors)
     write_json(folder / CONFIG, description)
@@ -197,8 +210,9 @@ def write_teacher(
 ) -> None:
     """config.json and model.safetensors in a folder, whatever else is there; `tensors` instead of the model's
     own weights (an EMA)."""
-    description = {"class": "DiT", "config": model.config, "diffusion": diffusion.config}
-    _write(folder, description, model.state_dict() if tensors is None else tensors)
+    tensors = model.state_dict() if tensors is None else tensors
+    _check_readable(model, DiT, tensors)
+    _write(folder, {"class": "DiT", "config": model.config, "diffusion": diffusion.config}, tensors)
 
 
 def write_student(
@@ -208,8 +222,10 @@ def write_student(
     tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Like `write_teacher`; `trajectories` records what the student was trained on."""
+    tensors = model.state_dict() if tensors is None else tensors
+    _check_readable(model, ARDTransformer, tensors)
     description = {"class": "ARDTransformer", "config": model.config, "trajectories": trajectories}
-    _write(folder, description, model.state_dict() if tensors is None else tensors)
+    _write(folder, description, tensors)
 
 
 def save_teacher(

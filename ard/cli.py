@@ -46,26 +46,31 @@ _COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; a mistake in what it was given is one line on stderr and exit status 1."""
+def parse(arguments: Sequence[str] | None = None) -> Any:
+    """The configuration that a command line stands for."""
     choices = tuple(
         Annotated[config, tyro.conf.subcommand(name, prefix_name=False)]
         for name, (config, _) in _COMMANDS.items()
     )
-    config = tyro.cli(  # type: ignore[call-overload]
+    return tyro.cli(  # type: ignore[call-overload]
         Union[choices],  # noqa: UP007  made at run time
         prog="ard",
         description="AutoRegressive Distillation of diffusion transformers (arXiv 2504.11295).",
         args=arguments,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.OmitArgPrefixes,),
     )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; a mistake in what it was given is one line on stderr and exit status 1."""
+    config = parse(arguments)
     name, function = next((n, f) for n, (c, f) in _COMMANDS.items() if c is type(config))
     try:
         function(config)
     except (ValueError, OSError, SafetensorError) as error:
         if os.environ.get("ARD_TRACEBACK"):
             raise
-        message = " ".join(str(error).split())
+        message = " ".join(str(error).split()).removeprefix(f"{name}: ")
         print(f"ard {name}: {message}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

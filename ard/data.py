@@ -304,8 +304,12 @@ def load_images(dataset: Dataset, train: bool, folder: Path = DEBIAN_FOLDER) -> 
         pixels = torch.from_numpy(raw.copy()).float().unsqueeze(1) / 127.5 - 1
         return Images(pixels, torch.from_numpy(classes.astype(np.int64)), len(CLASSES[dataset]))
     if dataset == "digits":
-        from sklearn.datasets import load_digits
-
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise ValueError(
+                f"dataset 'digits' needs the extra `digits` (pip install 'ard[digits]'): {error}"
+            ) from None
         bunch = load_digits()
         pixels = torch.from_numpy(bunch.images).float().unsqueeze(1) / 8 - 1
         pixels = torch.nn.functional.interpolate(pixels, size=28, mode="bilinear", align_corners=False)
@@ -339,6 +343,12 @@ def shuffled(position: int, count: int, size: int, seed: int) -> Tensor:
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(size)
+
+
+def check_seed(seed: int, where: str) -> None:
+    """An error in the name of `where` about what the generators below cannot take."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{where}: seed is {seed}, accepted is an integer in 0..2^63-1")
 
 
 class Stream(enum.IntEnum):

@@ -184,8 +184,7 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
         )
     loaded = [load_student(folder) for folder in config.students]
     for folder, (_, trained) in zip(config.students, loaded, strict=True):
-        if trained.get("teacher") != store.manifest["teacher"]:
-            raise ValueError(f"{store.folder}: was recorded from another teacher than that of {folder}")
+        store.of_student(folder, trained)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     with tqdm(total=count * len(loaded), desc="diagnose", unit="sample", mininterval=1.0) as bar:

@@ -87,6 +87,8 @@ class Diffusion:
         time_scale: float | None = None,
     ) -> None:  # fmt: skip
         _check("Diffusion", "schedule", schedule, get_args(Schedule))
+        if timesteps < 1:
+            raise ValueError(f"Diffusion: timesteps is {timesteps}, accepted is an integer >= 1")
         flow = schedule in _FLOWS
         _check(f"Diffusion({schedule!r})", "prediction", prediction,
                _FLOW_PREDICTIONS if flow else _DIFFUSION_PREDICTIONS)  # fmt: skip

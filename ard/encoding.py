@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ard.checkpoints import read_json, sha256
-from ard.data import ImageFolder, LatentStore, Stream, index_noise
+from ard.data import ImageFolder, LatentStore, Stream, check_seed, index_noise
 from ard.shards import Shards, worker, worker_device
 
 _VAE_CONFIG, _VAE_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -61,7 +61,8 @@ def encode(config: EncodeConfig) -> None:
     for name in ("size", "shard_size", "batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"encode: {name} is {getattr(config, name)}, accepted is an integer >= 1")
-    vae = _load_vae(config.vae)
+    check_seed(config.seed, "encode")
+    vae = load_vae(config.vae)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if config.size % factor:
         raise ValueError(f"encode: size is {config.size}, accepted by this VAE are multiples of {factor}")
@@ -100,7 +101,15 @@ def encode(config: EncodeConfig) -> None:
         print(f"latents: {config.out} ({len(images)} images of {images.num_classes} classes)")
 
 
-def _load_vae(folder: Path) -> Any:
+def decode(vae: Any, latents: Tensor, batch: int = 8) -> Tensor:
+    """Latents as a model sees them (n, C, h, w) -> images (n, channels, H, W) about [-1, 1], in the VAE's
+    dtype, `batch` at a time: decoding takes far more memory than its result."""
+    scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+    parts = latents.to(vae.dtype).split(batch)
+    return torch.cat([vae.decode(part / scale + shift).sample for part in parts])
+
+
+def load_vae(folder: Path) -> Any:
     """The AutoencoderKL of a folder, in evaluation mode and without gradients."""
     for name in (_VAE_CONFIG, _VAE_WEIGHTS):
         if not (folder / name).is_file():
@@ -116,7 +125,7 @@ def _load_vae(folder: Path) -> Any:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise ValueError(
-            f"encode: needs the extra `diffusers` (pip install 'ard[diffusers]'): {error}"
+            f"a VAE needs the extra `diffusers` (pip install 'ard[diffusers]'): {error}"
         ) from None
     vae, info = AutoencoderKL.from_pretrained(
         folder,

@@ -30,7 +30,7 @@ from ard.checkpoints import (
 from ard.data import DEBIAN_FOLDER, Dataset, load_images, to_uint8
 from ard.models.classifier import Classifier
 from ard.pictures import image_grid, save_png
-from ard.runs import Run, versions
+from ard.runs import Run, plain, versions
 from ard.sampling import sample
 from ard.training import Batch, Optimisation, accelerator_for, fit, image_batches
 from ard.trajectories import TrajectoryStore
@@ -49,6 +49,12 @@ class Extractor:
     name: str
     features: Callable[[Tensor], Tensor]
     classes: Callable[[Tensor], Tensor] | None = None
+    channels: tuple[int, ...] = (1, 3)
+    """Of the images that it takes."""
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_classifier(folder: Path) -> Classifier:
@@ -63,11 +69,13 @@ def load_classifier(folder: Path) -> Classifier:
 
 def classifier_extractor(folder: Path) -> Extractor:
     """Features of the embedded (or another) classifier. Not the Inception of FID: name it for what it is."""
-    model = load_classifier(folder)
+    device = _device()
+    model = load_classifier(folder).to(device)
     return Extractor(
         "Fashion-MNIST classifier, 64 features",
-        lambda images: model.features(images.float() / 127.5 - 1),
-        lambda images: model(images.float() / 127.5 - 1).argmax(1),
+        lambda images: model.features(images.to(device).float() / 127.5 - 1).cpu(),
+        lambda images: model(images.to(device).float() / 127.5 - 1).argmax(1).cpu(),
+        channels=(1,),
     )
 
 
@@ -82,11 +90,13 @@ def inception_extractor(weights: Path) -> Extractor:
         raise ValueError(
             f"Inception features need the extra `eval` (pip install 'ard[eval]'): {error}"
         ) from None
-    model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights)).eval()
+    device = _device()
+    model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights)).eval().to(device)
 
     def features(images: Tensor) -> Tensor:
-        (values,) = model(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images)
-        return values  # type: ignore[no-any-return]
+        colour = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+        (values,) = model(colour.to(device))
+        return values.cpu()  # type: ignore[no-any-return]
 
     return Extractor("Inception (torch-fidelity), 2048 features", features)
 
@@ -163,14 +173,18 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
     return _covered(generated[:n], real[:n]), _covered(real[:n], generated[:n])
 
 
-def image_metrics(images: Tensor, extractor: Extractor, reference: Statistics) -> dict[str, float]:
-    """Frechet distance, precision and recall of images (n, C, h, w) uint8."""
-    features = extract(extractor, images)
+def _check_width(features: Tensor, extractor: Extractor, reference: Statistics) -> None:
     if features.shape[1] != len(reference.mean):
         raise ValueError(
             f"evaluate: {extractor.name} makes {features.shape[1]} features, the reference has "
             f"{len(reference.mean)}; make one in the same features with `ard statistics`"
         )
+
+
+def image_metrics(images: Tensor, extractor: Extractor, reference: Statistics) -> dict[str, float]:
+    """Frechet distance, precision and recall of images (n, C, h, w) uint8."""
+    features = extract(extractor, images)
+    _check_width(features, extractor, reference)
     own = Statistics.of(features, 0)
     precision, recall = precision_recall(features, reference.features)
     distance = frechet_distance(own.mean, own.covariance, reference.mean, reference.covariance)
@@ -211,16 +225,22 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )
     if config.batch_size < 1:
         raise ValueError(f"evaluate: batch_size is {config.batch_size}, accepted is an integer >= 1")
-    if trained["teacher"] != store.manifest["teacher"]:
-        raise ValueError(f"{store.folder}: was recorded from another teacher than the student's")
+    grid, state = store.of_student(config.student, trained)
     extractor = (
         classifier_extractor(config.classifier)
         if config.inception is None
         else inception_extractor(config.inception)
     )
     reference = Statistics.load(config.reference)
-    grid, state = tuple(trained["grid"]), trained["state"]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if student.channels not in extractor.channels:
+        raise ValueError(
+            f"evaluate: the student has {student.channels} channels, {extractor.name} takes "
+            f"{' or '.join(map(str, extractor.channels))}; errors of latents: `ard diagnose`, images "
+            "for an FID: `ard sample --vae`"
+        )
+    shape = (student.channels, *student.input_size)
+    _check_width(extract(extractor, torch.zeros(1, *shape, dtype=torch.uint8)), extractor, reference)
+    device = _device()
     student.to(device)
     made, recorded, classes = [], [], []
     errors, seconds = torch.zeros(student.steps, dtype=torch.float64), 0.0
@@ -245,7 +265,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "features": extractor.name, **metrics, "errors": (errors / count).tolist(),
         "seconds_per_sample": seconds / count, "steps": student.steps,
         "history_layers": student.history_layers, "mask": student.mask,
-        "trained_with_the_same_noise": trained["seed"] == store.manifest["seed"], "versions": versions(),
+        "trained_with_the_same_noise": trained["seed"] == store.manifest["seed"],
+        "config": plain(config), "versions": versions(),
     }  # fmt: skip
     write_json(config.out / "evaluation.json", report)
     pairs = torch.stack([teacher[:20], images[:20]]).flatten(0, 1).float() / 127.5 - 1
@@ -365,6 +386,8 @@ class StatisticsConfig:
 
 
 def statistics(config: StatisticsConfig) -> None:
+    if config.keep <= _NEIGHBOURS:
+        raise ValueError(f"statistics: keep is {config.keep}, accepted is an integer > {_NEIGHBOURS}")
     extractor = (
         classifier_extractor(config.classifier)
         if config.inception is None

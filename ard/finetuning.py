@@ -183,8 +183,7 @@ def finetune(config: FinetuneConfig) -> None:
     teacher, diffusion = load_teacher(config.teacher)
     store.check_teacher(config.teacher)
     student, trained = load_student(config.regression / "student")
-    if trained["teacher"] != store.manifest["teacher"]:
-        raise ValueError(f"{config.regression}: was trained with another teacher than {config.teacher}")
+    grid, state = store.of_student(config.regression / "student", trained)
     if config.history == "own" and not 1 <= config.gradient_steps <= student.steps:
         raise ValueError(
             f"gradient_steps is {config.gradient_steps}, accepted are 1..{student.steps}, the student's steps"
@@ -207,12 +206,12 @@ def finetune(config: FinetuneConfig) -> None:
     torch.manual_seed(o.seed)
     players = Players(student, teacher, diffusion, config, lambda x: accelerator.reduce(x, "mean"))
     run = Run(config.out, "finetune", config, accelerator.is_main_process)
-    grid, shape = tuple(trained["grid"]), (student.channels, *student.input_size)
+    shape = (student.channels, *student.input_size)
 
     def fetch(positions: range) -> Batch:
         first, count = positions.start, len(positions)
         where = torch.arange(first, first + count)
-        states, labels = store.states(shuffled(first, count, len(store), o.seed), grid, trained["state"])
+        states, labels = store.states(shuffled(first, count, len(store), o.seed), grid, state)
         mirrored = index_uniform(where, o.seed, Stream.FLIP) < 0.5 * flips
         real, real_labels = images.fetch(shuffled(first, count, len(images), o.seed), mirrored)
         if config.discriminator_time == "random":
@@ -228,7 +227,7 @@ def finetune(config: FinetuneConfig) -> None:
 
     weights = fit(
         run, accelerator, players, o, fetch, loss_of,
-        student_preview(store, grid, trained["state"], accelerator.device),
+        student_preview(store, grid, state, accelerator.device),
         parts={
             "student": (student, 1.0),
             "discriminator": (players.discriminator, config.discriminator_lr / o.lr),

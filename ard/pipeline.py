@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ard.encoding import decode
 from ard.models import ARDTransformer
 from ard.sampling import sample
 
@@ -86,6 +87,6 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]  # to mypy, which do
             latents = randn_tensor(shape, generator=generator, device=student.device, dtype=student.dtype)
         result = sample(student, latents.to(student.device, student.dtype), labels)[:, -1]
         if output_type != "latent" and vae is not None:
-            result = vae.decode(result.to(vae.dtype) / vae.config.scaling_factor).sample
+            result = decode(vae, result)
         images = VaeImageProcessor().postprocess(result, output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -69,11 +69,27 @@ def newest_checkpoint(folder: Path) -> tuple[int, dict[str, dict[str, Tensor]]] 
     return step, groups
 
 
+def _options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a configuration as the command line has them, without what groups them."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat.update(_options(value) if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def _may_change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a run may go on with another value: what it computes is the same, or the same and then more."""
+    if name == "iterations" and old.get("lr_schedule") == "constant":
+        return bool(old[name] < new[name])
+    return name in ("log_every", "checkpoint_every", "keep_checkpoints", "sample_every")
+
+
 class Run:
     """A run folder.
 
     Args:
-        folder: made if it is not there. One that holds a run with another configuration is an error.
+        folder: made if it is not there. One that holds a run with another configuration is an error, but for
+            how often it logs, saves and shows, and more iterations at a constant learning rate.
         command: the command's name.
         config: its configuration dataclass.
         main: whether this process writes (rank 0).
@@ -89,12 +105,14 @@ class Run:
                 raise ValueError(
                     f"{folder}: holds a run of `ard {found.get('command')}`, not of `ard {command}`"
                 )
-            old = found.get("config", {})
-            names = sorted(set(wanted["config"]) | set(old))
-            changed = [f"{n} was {old.get(n)!r}" for n in names if old.get(n) != wanted["config"].get(n)]
-            if changed:
-                raise ValueError(f"{folder}: holds a run with another configuration ({'; '.join(changed)}); "
+            old, new = _options(found.get("config", {})), _options(wanted["config"])
+            changed = [n for n in sorted(set(new) | set(old)) if old.get(n) != new.get(n)]
+            if refused := [n for n in changed if not _may_change(n, old, new)]:
+                listed = "; ".join(f"{n} was {old.get(n)!r}, is {new.get(n)!r}" for n in refused)
+                raise ValueError(f"{folder}: holds a run with another configuration ({listed}); "
                                  "name another folder with --out, or remove this one")  # fmt: skip
+            if changed and main:
+                write_json(path, {**found, **wanted})
         elif main:
             write_json(path, {**wanted, "versions": versions()})
         self._log: Any = None

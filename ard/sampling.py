@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from tqdm import tqdm
 
-from ard.checkpoints import load_student, replacing
-from ard.data import index_noise, to_uint8
+from ard.checkpoints import load_student, replacing, write_json
+from ard.data import check_seed, index_noise, to_uint8
+from ard.encoding import decode, load_vae
 from ard.models import ARDTransformer
 from ard.pictures import image_grid, save_png
 from ard_kernels.backends import forced
@@ -55,6 +57,8 @@ def sample(student: ARDTransformer, noise: Tensor, labels: Tensor, cuda_graph: b
         raise ValueError(
             f"sample: labels has shape {tuple(labels.shape)}, accepted is ({len(noise)},), one per noise"
         )
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"sample: labels is {labels.dtype}, accepted are int64 and int32")
     if labels.numel():
         low, high = torch.stack(labels.aminmax()).tolist()  # one wait for the GPU, not two
         if not 0 <= low <= high < student.num_classes:
@@ -208,13 +212,14 @@ def _key(noise: Tensor, labels: Tensor) -> Hashable:
 class SampleConfig:
     """Sample from a student: a picture grid, and all images as an .npz for the ADM evaluator.
 
-    A student in a latent space needs its latents decoded by a VAE: then --latents keeps them as they are.
+    What a student in a latent space makes is decoded by --vae, or kept as it is by --latents.
     """
 
     student: Path
     """Folder of the student."""
     out: Path
-    """Folder for samples.png and samples.npz (arr_0: (n, h, w, 1 or 3) uint8; labels: (n,))."""
+    """Folder for samples.png, samples.npz (arr_0: (n, h, w, 1 or 3) uint8; labels: (n,)) and sample.json, how
+    they were made."""
     samples: int = 100
     """How many."""
     labels: tuple[int, ...] | None = None
@@ -225,26 +230,56 @@ class SampleConfig:
     """Seed of the noise; sample i's noise is a function of (seed, i)."""
     latents: bool = False
     """Write the result's float32 values (n, C, h, w) instead of uint8 images."""
+    vae: Path | None = None
+    """Folder of a diffusers AutoencoderKL that decodes the latents."""
+
+
+_SHOWN = 100  # on the picture
 
 
 def run(config: SampleConfig) -> None:
-    student, _ = load_student(config.student)
+    from ard.runs import plain, versions  # here: it brings TensorBoard
+
     if config.samples < 1 or config.batch_size < 1:
         raise ValueError(
             f"sample: samples is {config.samples}, batch_size {config.batch_size}; accepted are integers >= 1"
         )
-    classes = torch.tensor(config.labels if config.labels else range(student.num_classes))
+    check_seed(config.seed, "sample")
+    student, _ = load_student(config.student)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vae = _vae(config, student.channels, device)
+    classes = torch.tensor(config.labels if config.labels else range(student.num_classes))
     student.to(device)
-    made = []
+    first, made = [], []
     indices = torch.arange(config.samples)
     for some in tqdm(indices.split(config.batch_size), desc="sample", mininterval=1.0):
         noise = index_noise(some, (student.channels, *student.input_size), config.seed)
         labels = classes[some % len(classes)]
-        made.append(sample(student, noise.to(device), labels.to(device))[:, -1].cpu())
-    results = torch.cat(made)
-    save_png(config.out / "samples.png", image_grid(results[:100], columns=min(10, config.samples)))
-    images = results if config.latents else to_uint8(results).permute(0, 2, 3, 1)
+        result = sample(student, noise.to(device), labels.to(device))[:, -1]
+        with torch.no_grad():
+            result = (result if vae is None else decode(vae, result)).cpu()
+        if some[0] < _SHOWN:
+            first.append(result)
+        made.append(result if config.latents else to_uint8(result).permute(0, 2, 3, 1))
+    pictures = torch.cat(first)[:_SHOWN]
+    save_png(config.out / "samples.png", image_grid(pictures, columns=min(10, config.samples)))
     with replacing(config.out / "samples.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, arr_0=images.numpy(), labels=classes[indices % len(classes)].numpy())
+        np.savez(file, arr_0=torch.cat(made).numpy(), labels=classes[indices % len(classes)].numpy())
+    write_json(config.out / "sample.json", {"config": plain(config), "versions": versions()})
     print(f"samples: {config.out / 'samples.png'}, {config.out / 'samples.npz'}")
+
+
+def _vae(config: SampleConfig, channels: int, device: torch.device) -> Any:
+    """The VAE that decodes the student's latents; None where there is nothing to decode."""
+    if config.vae is None:
+        if channels not in (1, 3) and not config.latents:
+            raise ValueError(f"sample: the student has {channels} channels, which are no picture; accepted "
+                             "are --vae FOLDER, which decodes them, or --latents")  # fmt: skip
+        return None
+    if config.latents:
+        raise ValueError("sample: latents and vae are both given, accepted is one of them")
+    vae = load_vae(config.vae)
+    if vae.config.latent_channels != channels:
+        raise ValueError(f"sample: vae is {config.vae}, of {vae.config.latent_channels} latent channels, the "
+                         f"student has {channels}")  # fmt: skip
+    return vae.to(device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from ard.data import (
     Dataset,
     Images,
     Stream,
+    check_seed,
     index_noise,
     index_uniform,
     load_images,
@@ -62,9 +63,10 @@ class Optimisation:
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     clip: float = 1.0
-    """Largest norm of the gradient; larger ones are scaled down."""
+    """Largest norm of the gradient; larger ones are scaled down. 0: none."""
     ema: float = 0.9999
-    """Decay of the moving average of the weights, which is what gets saved at the end."""
+    """Decay of the moving average of the weights, which is what gets saved at the end. Early on it is lower,
+    (1 + step) / (10 + step), so that the average forgets where it started; not in the GAN stage."""
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     """Autocast dtype of the forward pass ("no": float32)."""
     checkpointing: bool = False
@@ -219,7 +221,7 @@ def fit(
                 for name, value in {"loss": loss, **logged}.items():
                     part = value.detach() / o.accumulate
                     seen[name] = seen[name] + part if name in seen else part
-            norms = [accelerator.clip_grad_norm_(weights, o.clip) for weights in trained]
+            norms = [accelerator.clip_grad_norm_(weights, o.clip or math.inf) for weights in trained]
             moved = any(p.grad is not None for p in trained[0])
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
@@ -299,6 +301,7 @@ def accelerator_for(o: Optimisation, unused: bool = False) -> Accelerator:
             raise ValueError(f"{name} is {getattr(o, name)}, accepted is a finite number >= 0")
     if not 0 <= o.ema < 1:
         raise ValueError(f"ema is {o.ema}, accepted is a decay in [0, 1)")
+    check_seed(o.seed, "optimisation")
     accelerator = Accelerator(
         mixed_precision=o.precision,
         cpu=not torch.cuda.is_available(),
@@ -367,6 +370,10 @@ class TrainTeacherConfig:
 
 def train_teacher(config: TrainTeacherConfig) -> None:
     o = config.optimisation
+    if not 0 <= config.class_dropout <= 1:
+        raise ValueError(f"class_dropout is {config.class_dropout}, accepted is a share in [0, 1]")
+    if not 0 <= config.guidance < math.inf:
+        raise ValueError(f"guidance is {config.guidance}, accepted is a finite number >= 0")
     accelerator = accelerator_for(o)
     images = load_images(config.dataset, train=True, folder=config.data)
     torch.manual_seed(o.seed)
@@ -414,7 +421,7 @@ class DistillConfig:
     """Folder that `ard record` wrote; without one the teacher makes trajectories while the student trains, no
     two alike."""
     solver: Solver = "ddim"
-    """Of trajectories made while training: the solver."""
+    """Of trajectories made while training, by the teacher in bf16 where --precision is: the solver."""
     solver_steps: int = 25
     """Likewise, its steps."""
     guidance: float = 1.5
@@ -440,8 +447,20 @@ class DistillConfig:
     """How the weights are optimised."""
 
 
+# How trajectories are made while training, and the defaults.
+_LIVE = {
+    f.name: f.default
+    for f in fields(DistillConfig)
+    if f.name in ("solver", "solver_steps", "guidance", "guided_channels")
+}
+
+
 def _trajectories(config: DistillConfig) -> Trajectories:
     if config.trajectories is not None:
+        given = {name: getattr(config, name) for name in _LIVE}
+        if ignored := [f"{name} is {value}" for name, value in given.items() if value != _LIVE[name]]:
+            raise ValueError(f"{', '.join(ignored)}, but the trajectories of {config.trajectories} are made "
+                             "already; accepted is either")  # fmt: skip
         return TrajectoryStore(config.trajectories)
     o = config.optimisation
     live = SolverConfig(
@@ -458,13 +477,12 @@ def distill(config: DistillConfig) -> None:
         raise ValueError(f"rollout is {config.rollout}, accepted is a share in [0, 1]")
     accelerator = accelerator_for(o)
     store = _trajectories(config)
-    teacher, diffusion = load_teacher(config.teacher)
+    teacher, _ = load_teacher(config.teacher)
     store.check_teacher(config.teacher)
     grid = store.grid(config.steps, config.grid)
     student = ARDTransformer.from_teacher(
-        teacher, config.steps, config.history_layers, config.mask, config.per_step_final,
-        None if diffusion.time_scale is None else diffusion.student_times(config.steps),
-    )  # fmt: skip
+        teacher, config.steps, config.history_layers, config.mask, config.per_step_final
+    )
     student.checkpointing = o.checkpointing
     if o.compile:
         student.compile()
@@ -491,8 +509,7 @@ def distill(config: DistillConfig) -> None:
     preview = student_preview(store, grid, config.state, accelerator.device)
     weights = fit(run, accelerator, student, o, fetch, loss_of, preview)
     if accelerator.is_main_process:
-        described = {**store.summary(), "grid": list(grid), "state": config.state}
-        save_student(config.out / "student", student, described, weights)
+        save_student(config.out / "student", student, store.summary(grid, config.state), weights)
         print(f"student: {config.out / 'student'}")
 
 

@@ -10,24 +10,27 @@ solver's i-th time.
 
 from __future__ import annotations
 
+import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from ard.checkpoints import WEIGHTS, load_teacher, sha256
-from ard.data import index_noise
+from ard.data import check_seed, index_noise
 from ard.diffusion import Solver, check_solver, guided
 from ard.shards import Shards, worker, worker_device
 
 State = Literal["x0", "xt"]
 _FORMAT = 1
+# What two stores must share to be samples of the same thing.
+_SAME = ("teacher", "diffusion", "solver", "solver_steps", "guidance", "guided_channels")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # The grids of the released recipe, of 25 solver steps (research: S = 1, 2, 4, 5).
 _RELEASED = {1: (25, 0), 2: (25, 10, 0), 4: (25, 15, 10, 5, 0), 5: (25, 20, 15, 10, 5, 0)}
@@ -97,12 +100,19 @@ class _Maker:
 
     def __init__(self, teacher: Path, config: SolverConfig, where: str) -> None:
         _check_counts(where, batch_size=config.batch_size)
+        check_seed(config.seed, where)
         check_solver(config.solver, where)
+        if not 0 <= config.guidance < math.inf:
+            raise ValueError(f"{where}: guidance is {config.guidance}, accepted is a finite number >= 0")
         model, self.diffusion = load_teacher(teacher)
+        if config.guided_channels is not None and not 1 <= config.guided_channels <= model.channels:
+            raise ValueError(f"{where}: guided_channels is {config.guided_channels}, accepted are "
+                             f"1..{model.channels}, the teacher's channels")  # fmt: skip
         if config.guidance != 1 and not model.null_class:
             raise ValueError(
                 f"{where}: guidance is {config.guidance}, but the teacher has no null class; accepted is 1"
             )
+        self.where = where
         self.config, self.identity, self.num_classes = config, sha256(teacher / WEIGHTS), model.num_classes
         self.times, self.dtype = self.diffusion.solver_times(config.solver_steps), _DTYPES[config.dtype]
         self.shape = (model.channels, *model.input_size)
@@ -135,7 +145,13 @@ class _Maker:
         xt = torch.stack([states[i].x for i in kept], 1) if kept else noise.new_empty(len(noise), 0)
         x0 = torch.stack([states[i].x0 for i in kept], 1) if kept else xt  # type: ignore[misc]
         tensors = {"noise": noise, "xt": xt, "x0": x0, "final": states[-1].x}
-        return {"labels": labels, **{name: value.to(self.dtype).cpu() for name, value in tensors.items()}}
+        stored = {name: value.to(self.dtype).cpu() for name, value in tensors.items()}
+        if not all(value.isfinite().all() for value in stored.values()):
+            raise ValueError(
+                f"{self.where}: trajectories of samples {indices[0]}..{indices[-1]} are not finite; dtype is "
+                f"{self.config.dtype!r}, precision {self.config.precision!r}; try --dtype float32"
+            )
+        return {"labels": labels, **stored}
 
 
 def record(config: RecordConfig) -> None:
@@ -173,19 +189,39 @@ class Trajectories(ABC):
         if sha256(folder / WEIGHTS) != self.manifest["teacher"]:
             raise ValueError(f"{self.folder}: was recorded from another teacher than {folder}")
 
-    def summary(self) -> dict[str, Any]:
-        """What a student trained on these trajectories should remember of them."""
-        names = (
-            "teacher",
-            "diffusion",
-            "solver",
-            "solver_steps",
-            "guidance",
-            "guided_channels",
-            "seed",
-            "samples",
-        )
-        return {name: self.manifest[name] for name in names}
+    def summary(self, grid: tuple[int, ...], state: State) -> dict[str, Any]:
+        """What a student trained on these states should remember of them: `ARDTransformer.trajectories`."""
+        kept = {name: self.manifest[name] for name in (*_SAME, "seed", "samples")}
+        return {**kept, "grid": list(grid), "state": state}
+
+    def of_student(self, folder: Path, trained: Mapping[str, Any]) -> tuple[tuple[int, ...], State]:
+        """The grid and the kind of the states that a student was trained on.
+
+        Args:
+            folder: of the student.
+            trained: what it says of its training, see `summary`.
+
+        Raises:
+            ValueError: it does not say, or these trajectories are made otherwise or lack a position.
+        """
+        grid, state = trained.get("grid"), trained.get("state")
+        if trained.get("teacher") is None or grid is None or state not in get_args(State):
+            raise ValueError(
+                f"{folder}: does not say which states of which teacher it was trained on; accepted is what "
+                "`ard distill` writes, `ard convert --teacher`, or in training of your own "
+                "student.trajectories = TrajectoryStore(folder).summary(grid, state)"
+            )
+        if trained["teacher"] != self.manifest["teacher"]:
+            raise ValueError(f"{self.folder}: was recorded from another teacher than that of {folder}")
+        if changed := [
+            f"{name} is {self.manifest[name]!r}, the student's is {trained[name]!r}"
+            for name in _SAME
+            if name in trained and trained[name] != self.manifest[name]
+        ]:
+            raise ValueError(
+                f"{self.folder}: was not recorded as what {folder} was trained on ({'; '.join(changed)})"
+            )
+        return self.grid(len(grid) - 1, tuple(grid)), cast(State, state)
 
     def grid(self, steps: int, asked: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """The S+1 solver positions of the student's states, from the noise down to 0.
@@ -219,6 +255,13 @@ class TrajectoryStore(Trajectories):
         self.folder, self.manifest = folder, self._shards.manifest
 
     def states(self, indices: Tensor, grid: tuple[int, ...], state: State) -> tuple[Tensor, Tensor]:
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
+            raise ValueError(f"states: indices are {indices.min()}..{indices.max()}, accepted are "
+                             f"0..{len(self) - 1}, what {self.folder} holds")  # fmt: skip
+        if state not in get_args(State):
+            raise ValueError(
+                f"states: state is {state!r}, accepted are {', '.join(map(repr, get_args(State)))}"
+            )
         kept = self.manifest["kept"]
         paths, labels = [], []
         for index in indices.tolist():

@@ -30,11 +30,12 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, layout: BlockLayout, eps: flo
 
     Returns:
         (B, T, D) in the dtype of x, under autocast in its dtype (what the next linear layer wants).
-        Differentiable in x, shift and scale. Arithmetic is at least float32. The definition is
-        `ard_kernels.reference.adaln`; DiT, arXiv 2212.09748, section 3.2 (adaLN-Zero).
+        Differentiable in x, shift and scale, once and in reverse mode. Arithmetic is at least float32. The
+        definition is `ard_kernels.reference.adaln`; DiT, arXiv 2212.09748, section 3.2 (adaLN-Zero).
 
     Raises:
         ValueError: a shape, dtype, device or layout that does not fit; the message names it.
+        NotImplementedError: forward-mode differentiation (jvp).
     """
     _check("adaln", x, layout, shift=shift, scale=scale)
     backend = choose("adaln", _BACKENDS, x, shift, scale)
@@ -93,6 +94,10 @@ def _branch_dtype(x: Tensor) -> torch.dtype:
 def _check(name: str, x: Tensor, layout: BlockLayout, branch: Tensor | None = None, **tables: Tensor) -> None:
     if not isinstance(layout, BlockLayout):
         raise ValueError(f"{name}: layout is {type(layout).__name__}, accepted is BlockLayout")
+    given = {"x": x, **tables} if branch is None else {"x": x, "branch": branch, **tables}
+    for label, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: {label} is {type(tensor).__name__}, accepted is a Tensor")
     if x.dim() != 3 or x.shape[1] != layout.total:
         raise ValueError(f"{name}: x has shape {tuple(x.shape)}, accepted is (B, {layout.total}, D) "
                          f"({layout.blocks} blocks of {layout.lengths})")  # fmt: skip
@@ -104,7 +109,7 @@ def _check(name: str, x: Tensor, layout: BlockLayout, branch: Tensor | None = No
             raise ValueError(
                 f"{name}: {label} has shape {tuple(table.shape)}, accepted is {wanted}, a row per block"
             )
-    for label, tensor in (("x", x), *tables.items(), *([("branch", branch)] if branch is not None else [])):
+    for label, tensor in given.items():
         if tensor.dtype not in _FLOATS:
             raise ValueError(
                 f"{name}: {label} is {tensor.dtype}, accepted are {', '.join(map(str, _FLOATS))}"

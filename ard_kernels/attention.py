@@ -34,11 +34,12 @@ def block_attention(
 
     Returns:
         (B, T, H, Dh) in the dtype of q; under autocast inputs are cast to the autocast dtype.
-        Differentiable in q, k and v. The definition is `ard_kernels.reference.block_attention`; masks M1-M4
-        of ARD (arXiv 2504.11295).
+        Differentiable in q, k and v, once and in reverse mode. The definition is
+        `ard_kernels.reference.block_attention`; masks M1-M4 of ARD (arXiv 2504.11295).
 
     Raises:
         ValueError: a shape, dtype, device, layout or mask that does not fit; the message names it.
+        NotImplementedError: forward-mode differentiation (jvp).
     """
     _check("block_attention", layout, mask, None, q=q, k=k, v=v)
     return _call(q, k, v, layout, mask, scale, -1)
@@ -86,14 +87,19 @@ def _check(name: str, layout: BlockLayout, mask: str, block: int | None, **tenso
         raise ValueError(f"{name}: layout is {type(layout).__name__}, accepted is BlockLayout")
     check_mask(mask, name)
     if block is not None and not (isinstance(block, int) and 0 <= block < layout.blocks):
-        raise ValueError(f"{name}: block is {block}, layout has blocks 0..{layout.blocks - 1}")
+        raise ValueError(f"{name}: block is {block!r}, layout has blocks 0..{layout.blocks - 1} (an int)")
+    for label, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: {label} is {type(x).__name__}, accepted is a Tensor")
     queries = layout.total if block is None else layout.lengths[block]
     q = tensors["q"]
     blocks = f"{layout.blocks} blocks of {layout.lengths[0] if layout.is_uniform else layout.lengths}"
     for label, x in tensors.items():
         tokens = queries if label == "q" else layout.total
-        if x.dim() != 4:
-            raise ValueError(f"{name}: {label} has shape {tuple(x.shape)}, accepted is (B, T, H, Dh)")
+        if x.dim() != 4 or x.shape[3] < 1:
+            raise ValueError(
+                f"{name}: {label} has shape {tuple(x.shape)}, accepted is (B, T, H, Dh), Dh >= 1"
+            )
         if x.shape[1] != tokens:
             wanted = (
                 f"layout has {layout.total} ({blocks})"

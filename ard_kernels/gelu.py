@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ard_kernels.backends import forced, gelu_native, native
+from ard_kernels.backends import check_tangents, forced, gelu_native, native
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -21,19 +21,24 @@ def gelu(x: Tensor) -> Tensor:
         x: any shape and strides, any floating dtype.
 
     Returns:
-        Shape and dtype of x, differentiable once. Arithmetic is at least float32. On CPU a compiled kernel
-        takes float32 and bfloat16; everything else is ``torch.nn.functional.gelu(x, approximate="tanh")``.
+        Shape and dtype of x, differentiable once, in reverse mode. Arithmetic is at least float32. On CPU a
+        compiled kernel takes float32 and bfloat16; everything else is
+        ``torch.nn.functional.gelu(x, approximate="tanh")``.
         The definition is `ard_kernels.reference.gelu`; arXiv 1606.08415, section 2.
 
     Raises:
         ValueError: x is not floating; or the compiled kernels are demanded on CPU and do not take its dtype.
+        NotImplementedError: forward-mode differentiation (jvp) of the compiled kernel.
     """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"gelu: x is {type(x).__name__}, accepted is a Tensor")
     if not x.is_floating_point():
         raise ValueError(f"gelu: x is {x.dtype}, accepted are floating dtypes")
     demanded = forced()
     if demanded in (None, "native") and x.device.type == "cpu":
         reason = native.supports(x)
         if reason is None:
+            check_tangents("gelu", x)
             return cast(Tensor, _gelu(x))
         if demanded is not None:
             raise ValueError(f"gelu: backend {demanded!r} cannot be used: {reason}")

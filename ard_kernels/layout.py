@@ -32,19 +32,19 @@ class BlockLayout:
     """Block s holds the tokens bounds[s]..bounds[s+1]-1."""
 
     def __init__(self, lengths: Iterable[int]) -> None:
+        if not isinstance(lengths, Iterable):
+            raise ValueError(f"BlockLayout: lengths is {lengths!r}, accepted are integers >= 1, one a block")
         object.__setattr__(self, "lengths", tuple(lengths))
         if not self.lengths or any(type(n) is not int or n < 1 for n in self.lengths):
-            raise ValueError(
-                f"BlockLayout: lengths is {self.lengths!r}, accepted is one or more integers >= 1"
-            )
+            raise ValueError(f"BlockLayout: lengths is {self.lengths!r}, accepted is one or more int >= 1")
         # At once: torch.compile cannot trace the lock in functools.cached_property (Python < 3.12).
         object.__setattr__(self, "bounds", (0, *accumulate(self.lengths)))
 
     @classmethod
     def uniform(cls, blocks: int, length: int) -> BlockLayout:
         """`blocks` blocks of `length` tokens each."""
-        if blocks < 1:
-            raise ValueError(f"BlockLayout.uniform: blocks is {blocks}, accepted is an integer >= 1")
+        if type(blocks) is not int or blocks < 1:
+            raise ValueError(f"BlockLayout.uniform: blocks is {blocks!r}, accepted is an integer >= 1")
         return cls((length,) * blocks)
 
     @property
@@ -65,6 +65,7 @@ class BlockLayout:
 
     def key_ranges(self, block: int, mask: Mask) -> tuple[tuple[int, int], ...]:
         """The (start, stop) ranges of keys that `block` attends to: ascending, disjoint, at most two."""
+        check_mask(mask, "BlockLayout.key_ranges")
         start, stop = self.bounds[block], self.bounds[block + 1]
         if mask == "causal":
             return ((0, stop),)

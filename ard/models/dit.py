@@ -230,6 +230,11 @@ class DiT(nn.Module, Pretrained):
     ) -> None:  # fmt: skip
         super().__init__()
         size = (input_size, input_size) if isinstance(input_size, int) else (input_size[0], input_size[1])
+        counts = {"input_size": min(size), "patch_size": patch_size, "channels": channels, "width": width,
+                  "depth": depth, "heads": heads, "num_classes": num_classes}  # fmt: skip
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"DiT: {name} is {count}, accepted is an integer >= 1")
         if size[0] % patch_size or size[1] % patch_size:
             raise ValueError(
                 f"DiT: input_size is {size}, accepted are multiples of patch_size ({patch_size})"
@@ -323,5 +328,18 @@ class DiT(nn.Module, Pretrained):
 
         Returns:
             (B, C or 2C, h, w).
+
+        Raises:
+            ValueError: a shape that does not fit; the message names it.
         """
+        expected = (self.channels, *self.input_size)
+        if x.dim() != 4 or tuple(x.shape[1:]) != expected:
+            raise ValueError(
+                f"DiT: x has shape {tuple(x.shape)}, accepted is (B, {', '.join(map(str, expected))})"
+            )
+        for name, value in (("t", t), ("labels", labels)):
+            if value.shape != x.shape[:1]:
+                raise ValueError(
+                    f"DiT: {name} has shape {tuple(value.shape)}, accepted is ({len(x)},), one per sample"
+                )
         return self.features(x, self.condition(t, labels))[0]

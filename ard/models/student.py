@@ -33,7 +33,8 @@ class ARDTransformer(nn.Module, Pretrained):
         mask: which earlier states they see.
         per_step_final: one final layer per step, or one shared by all.
         times: S times that the input states are conditioned on, on the teacher's scale and in its direction
-            (`Diffusion.student_times`); default: those of the released recipe, for times in 0..999.
+            (`Diffusion.student_times`); default: those of the released recipe, for times in 0..999. Of a
+            teacher that knows its process `from_teacher` takes that one's.
 
     Attributes:
         checkpointing: trade compute for memory in training (activation checkpointing).
@@ -94,6 +95,13 @@ class ARDTransformer(nn.Module, Pretrained):
         times: Sequence[float] | None = None,
     ) -> ARDTransformer:
         """A student with a copy of the teacher's weights, in every final layer without the variance half."""
+        if not isinstance(teacher, DiT):
+            raise ValueError(
+                f"ARDTransformer.from_teacher: teacher is {type(teacher).__name__}, accepted is a DiT"
+            )
+        if times is None and teacher.diffusion is not None and steps >= 1:
+            told = teacher.diffusion.student_times(steps)
+            times = None if told == student_times(steps).tolist() else told
         student = cls.__new__(cls)
         nn.Module.__init__(student)
         student._build(copy.deepcopy(teacher), steps, history_layers, mask, per_step_final, times)
@@ -155,6 +163,9 @@ class ARDTransformer(nn.Module, Pretrained):
         if states.dim() != 5 or tuple(states.shape[1:]) != expected:
             raise ValueError(f"ARDTransformer: states has shape {tuple(states.shape)}, accepted is (B, "
                              f"{', '.join(map(str, expected))})")  # fmt: skip
+        if labels.shape != states.shape[:1]:
+            raise ValueError(f"ARDTransformer: labels has shape {tuple(labels.shape)}, accepted is "
+                             f"({len(states)},), one per sample")  # fmt: skip
         parts = self.trunk(states, labels).unflatten(1, (self.steps, -1)).unbind(1)
         return torch.stack([self._predict(part, s) for s, part in enumerate(parts)], 1)
 

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _ENVIRONMENT = "ARD_KERNELS_BACKEND"
 _OLDEST = (8, 0)  # compute capability: bf16 matrix instructions and asynchronous copies
@@ -132,11 +133,24 @@ def forced() -> str | None:
     return _forced[-1] if _forced else _DEFAULT
 
 
+def check_tangents(where: str, *tensors: Tensor) -> None:
+    """An error under forward-mode differentiation, which takes operators with a backward alone for
+    constants."""
+    if forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            f"{where}: an argument has a tangent of forward-mode differentiation (jvp), accepted is reverse "
+            f"mode; ard_kernels.reference.{where} has both"
+        )
+
+
 def choose(where: str, modules: dict[str, ModuleType], *tensors: Tensor) -> str:
     """The backend for these tensors: the one demanded, else the device's first that takes them.
 
     A demanded one that cannot take them is a ValueError; one passed over on a GPU is reported once, by name.
     """
+    check_tangents(where, *tensors)
     demanded = forced()
     if demanded is not None:
         reason = modules[demanded].supports(*tensors)

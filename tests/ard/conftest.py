@@ -48,5 +48,5 @@ def student(teacher: Path, store: TrajectoryStore) -> Path:
     model = ARDTransformer.from_teacher(tiny_teacher(), steps=4, history_layers=2)
     randomise(model, 1)
     folder = teacher.parent / "student"
-    save_student(folder, model, {**store.summary(), "grid": list(store.grid(4)), "state": "x0"})
+    save_student(folder, model, store.summary(store.grid(4), "x0"))
     return folder

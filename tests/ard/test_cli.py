@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ard.cli import main
+from ard.cli import main, parse
+from ard.evaluation import Statistics
 from ard.trajectories import RecordConfig
 
 _COMMANDS = (
@@ -82,6 +84,13 @@ def _idx_folder(place: Place) -> None:
     (place.folder / "FILE").mkdir()
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (place.folder / "FILE" / f"{name}-ubyte.gz").write_bytes(b"\x1f\x8b\x08 and then nothing")
+
+
+def _scale(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["final_layer.linear.weight"] *= 1e9
+    save_file(tensors, path)
 
 
 def _wrong_shape(folder: Path) -> None:
@@ -197,6 +206,54 @@ _BAD: dict[str, tuple[Callable[[Place], object], str, str, set[str]]] = {
         _nothing, f"{_EVALUATE} --inception FILE", "FILE: no such file", set()),
     "evaluate, no such reference": (_nothing, f"{_EVALUATE} --reference FILE", "FILE: no such file", set()),
     "evaluate, more than there are": (_nothing, f"{_EVALUATE} --samples 45", r"accepted are 4\.\.44", set()),
+    "evaluate, a store of another solver": (
+        lambda p: _edit(p.store / "manifest.json", lambda m: m.update(solver="heun", guidance=7.0)),
+        _EVALUATE, r"STUDENT was trained on \(solver is 'heun', the student's is 'ddim'; guidance is 7",
+        set()),
+    "evaluate, a store without a position": (
+        lambda p: _edit(p.store / "manifest.json", lambda m: m.update(kept=[20, 10, 5])), _EVALUATE,
+        r"positions \[15\] were not kept in .*STORE", set()),
+    "evaluate, a student that does not say": (
+        lambda p: _edit(p.student / "config.json", lambda c: c.update(trajectories={})), _EVALUATE,
+        r"STUDENT: does not say .* accepted is .*ard distill", set()),
+    "evaluate, a reference in other features": (
+        lambda p: Statistics.of(torch.randn(9, 3), 9).save(p.folder / "other.safetensors", "?"),
+        f"{_EVALUATE} --reference other.safetensors", "makes 64 features, the reference has 3", set()),
+    "diagnose, a store of another length": (
+        lambda p: _edit(p.store / "manifest.json", lambda m: m.update(solver_steps=50)), _DIAGNOSE,
+        "solver_steps is 50, the student's is 25", set()),
+    "diagnose, a converted student without its teacher": (
+        lambda p: _edit(p.student / "config.json", lambda c: c["trajectories"].update(teacher=None)),
+        _DIAGNOSE, "does not say which states of which teacher", set()),
+    "finetune, a store of another solver": (
+        lambda p: (shutil.copytree(p.student, p.folder / "FILE" / "student"),
+                   _edit(p.store / "manifest.json", lambda m: m.update(guided_channels=3))),
+        _FINETUNE, "guided_channels is 3, the student's is None", set()),
+    "record, guidance of no number": (
+        _nothing, f"{_RECORD} --guidance nan", "guidance is nan, accepted is a finite", set()),
+    "record, more guided channels than there are": (
+        _nothing, f"{_RECORD} --guided-channels 2", r"guided_channels is 2, accepted are 1\.\.1", set()),
+    "record, seed below zero": (_nothing, f"{_RECORD} --seed -1", "seed is -1, accepted", set()),
+    "record, numbers that overflow": (
+        lambda p: _scale(p.teacher), _RECORD, r"samples 0\.\.7 are not finite; .*try --dtype float32",
+        {"manifest.json"}),
+    "distill, seed below zero": (_nothing, f"{_DISTILL} --seed -1", "seed is -1, accepted", set()),
+    "distill, a solver for what is recorded": (
+        _nothing, f"{_DISTILL} --solver heun --guidance 4",
+        r"^ard distill: solver is heun, guidance is 4.0, but the trajectories of .*STORE are made already",
+        set()),
+    "sample, seed below zero": (_nothing, f"{_SAMPLE} --seed -1", "seed is -1, accepted", set()),
+    "sample, latents and a VAE": (
+        _nothing, f"{_SAMPLE} --latents --vae FILE", "latents and vae are both given", set()),
+    "demo, no iterations": (
+        _nothing, "demo --teacher TEACHER --out OUT --iterations 0", "iterations is 0, accepted", set()),
+    "train-teacher, dropout of more than all": (
+        _nothing, "train-teacher --out OUT --dataset digits --class-dropout 7",
+        r"class_dropout is 7\.0, accepted is a share", set()),
+    "train-teacher, no heads": (
+        _nothing, "train-teacher --out OUT --dataset digits --heads 0", "heads is 0, accepted", set()),
+    "statistics, too few to compare": (
+        _nothing, "statistics --out OUT --dataset digits --keep 0", "keep is 0, accepted", set()),
     "evaluate, no batch": (_nothing, f"{_EVALUATE} --batch-size 0", "batch_size is 0", set()),
     "train-teacher, no data": (
         _nothing, "train-teacher --out OUT --data FILE", "no such file; Fashion-MNIST", set()),
@@ -244,7 +301,7 @@ def test_bad_input_is_one_clear_line(
         main(place.expand(command))
     assert caught.value.code == 1
     (line,) = _messages(capsys.readouterr().err)
-    assert line.startswith(f"ard {command.split()[0]}: ")
+    assert re.match(rf"ard {command.split()[0]}: (?!{command.split()[0]}: )", line), line
     assert re.search(message, line), line
     after = {name: (place.folder / name).read_bytes() for name in _files(place.folder)}
     assert {name: after.get(name) for name in before} == before
@@ -318,6 +375,30 @@ def test_usage_errors_exit_with_2(arguments: list[str], capsys: pytest.CaptureFi
         main(arguments)
     assert caught.value.code == 2
     assert capsys.readouterr().err
+
+
+def _documented() -> list[str]:
+    """The commands in the fenced blocks of README.md and docs/, their lines joined, without comments."""
+    root = Path(__file__).parents[2]
+    found = []
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            lines = re.sub(r"\\\n\s*", "", block).splitlines()
+            found += [m[1] for line in lines if (m := re.match(r"(?:.* -m )?ard +([a-z].*)", line))]
+    return found
+
+
+def test_the_documented_commands_are_commands() -> None:
+    """Every option is one, and what it needs is there."""
+    commands = _documented()
+    assert {"convert", "record", "distill", "encode", "finetune", "sample"} <= {
+        c.split()[0] for c in commands
+    }
+    for command in commands:
+        try:
+            parse(shlex.split(command, comments=True))
+        except SystemExit:
+            pytest.fail(f"ard {command}")
 
 
 def test_the_commands_work_together(

@@ -40,7 +40,7 @@ def make(store: TrajectoryStore, tmp_path: Path) -> Make:
             for layer in model.final_layers:
                 torch.nn.init.zeros_(layer.linear.weight)  # type: ignore[union-attr, arg-type]
                 torch.nn.init.zeros_(layer.linear.bias)  # type: ignore[union-attr, arg-type]
-        trained = {**store.summary(), "seed": 7, "grid": list(store.grid(steps)), "state": state}
+        trained = {**store.summary(store.grid(steps), state), "seed": 7}
         save_student(tmp_path / name, model, trained)
         return tmp_path / name
 

@@ -36,6 +36,7 @@ from ard.evaluation import (
     statistics,
     train_classifier,
 )
+from ard.models import ARDTransformer
 from ard.training import Optimisation
 from ard.trajectories import RecordConfig, TrajectoryStore, record
 
@@ -197,6 +198,22 @@ def test_a_student_of_another_teacher_is_refused(
     save_teacher(tmp_path / "teacher", tiny_teacher(5), Diffusion("linear", "v"))
     other = replace(recording, teacher=tmp_path / "teacher", out=tmp_path / "store", samples=8)
     record(other)
-    with pytest.raises(ValueError, match="was recorded from another teacher than the student's"):
+    with pytest.raises(ValueError, match="was recorded from another teacher than that of"):
         evaluate(EvaluateConfig(student, other.out, tmp_path / "report"))
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_student_of_latents_is_refused_before_it_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = tiny_teacher(channels=4, input_size=14)
+    save_teacher(tmp_path / "teacher", teacher, Diffusion("linear", "v"))
+    record(RecordConfig(tmp_path / "teacher", tmp_path / "store", samples=8))
+    store = TrajectoryStore(tmp_path / "store")
+    student = ARDTransformer.from_teacher(teacher, steps=2, history_layers=1)
+    student.trajectories = store.summary(store.grid(2), "x0")
+    student.save_pretrained(tmp_path / "student")
+    monkeypatch.setattr("ard.evaluation.sample", lambda *_: pytest.fail("it sampled"))
+    with pytest.raises(ValueError, match=r"the student has 4 channels, Fashion-MNIST .* takes 1;"):
+        evaluate(EvaluateConfig(tmp_path / "student", tmp_path / "store", tmp_path / "report"))
     assert not (tmp_path / "report").exists()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ard.diffusion import Diffusion
 from ard.models import PRESETS, ARDTransformer, DiT
 from ard.models.dit import AdaLNModulation, position_embedding
 from ard_kernels.layout import MASKS, Mask
@@ -354,6 +356,21 @@ def test_bad_arguments_are_named() -> None:
     for wrong in (states[:, :2], states[..., :4], states[:, :, :2], states[:, 0]):
         with pytest.raises(ValueError, match=r"states has shape .* accepted is \(B, 3, 3, 4, 8\)"):
             student(wrong, labels)
+    for wrong in (labels[:1], labels[:, None]):
+        with pytest.raises(ValueError, match=r"ARDTransformer: labels has shape .*, accepted is \(2,\)"):
+            student(states, wrong)
+    x, t = states[:, 0], torch.tensor([999.0, 3.5])
+    with pytest.raises(ValueError, match=r"DiT: x has shape \(2, 3, 4, 9\), accepted is \(B, 3, 4, 8\)"):
+        teacher(torch.zeros(2, 3, 4, 9), t, labels)  # a convolution would drop the edge
+    with pytest.raises(ValueError, match=r"DiT: t has shape \(1,\), accepted is \(2,\)"):
+        teacher(x, t[:1], labels)
+    with pytest.raises(ValueError, match=r"DiT: labels has shape \(2, 1\), accepted is \(2,\)"):
+        teacher(x, t, labels[:, None])
+    for name in ("patch_size", "channels", "depth", "heads", "num_classes", "input_size"):
+        with pytest.raises(ValueError, match=f"DiT: {name} is 0, accepted is an integer >= 1"):
+            DiT(**{**_TINY, name: 0})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="teacher is ARDTransformer, accepted is a DiT"):
+        ARDTransformer.from_teacher(student)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="name is 'DiT-M/2'"):
         DiT.from_preset("DiT-M/2")
     with pytest.raises(ValueError, match=r"input_size is \(5, 4\)"):
@@ -381,3 +398,43 @@ def test_the_teacher_compiles_without_graph_breaks() -> None:
     arguments = torch.randn(2, 3, 4, 8), torch.tensor([999.0, 3.5]), torch.tensor([1, 7])
     compiled = torch.compile(dit, fullgraph=True, backend="aot_eager")
     assert _relative(compiled(*arguments), dit(*arguments)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "times"),
+    [
+        (None, [999.0, 749.25, 499.5, 249.75]),
+        (Diffusion("linear", "eps"), [999.0, 749.25, 499.5, 249.75]),
+        (Diffusion("cosine", "v", timesteps=101), [100.0, 75.0, 50.0, 25.0]),
+        (Diffusion("flow-to-data", "velocity", time_scale=1.0), [0.0, 0.25, 0.5, 0.75]),
+        (Diffusion("flow-to-noise", "velocity", time_scale=1000.0), [1000.0, 750.0, 500.0, 250.0]),
+    ],
+)
+def test_a_student_has_the_times_of_its_teachers_process(
+    diffusion: Diffusion | None, times: list[float]
+) -> None:
+    teacher = _teacher()
+    teacher.diffusion = diffusion
+    student = ARDTransformer.from_teacher(teacher, history_layers=1)
+    assert student.times.tolist() == times
+    assert ARDTransformer(**student.config).times.tolist() == times
+    asked = ARDTransformer.from_teacher(teacher, history_layers=1, times=[4.0, 3.0, 2.0, 1.0])
+    assert asked.times.tolist() == [4.0, 3.0, 2.0, 1.0]
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    """A class of one's own trains like any; its folder would be read as another's."""
+
+    class Own(DiT):
+        pass
+
+    own = Own(**_TINY)  # type: ignore[arg-type]
+    own.diffusion = Diffusion()
+    with pytest.raises(ValueError, match="the model is a Own, accepted is DiT itself"):
+        own.save_pretrained(tmp_path / "teacher")
+    changed = _teacher()
+    changed.blocks[0].attn.norm = nn.LayerNorm(8)  # type: ignore[union-attr]
+    student = ARDTransformer.from_teacher(changed, history_layers=1)
+    with pytest.raises(ValueError, match=r"save: does not fit .*unexpected blocks\.0\.attn\.norm\.weight"):
+        student.save_pretrained(tmp_path / "student")
+    assert not [*tmp_path.rglob("*.safetensors")]

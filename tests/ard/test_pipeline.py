@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from ard.data import to_uint8
 from ard.diffusion import Diffusion
 from ard.models import ARDTransformer, DiT
 from ard.pipeline import ARDPipeline
-from ard.sampling import sample
+from ard.sampling import SampleConfig, run, sample
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -193,6 +194,44 @@ def test_latents_are_decoded_by_the_vae(latent_pipe: ARDPipeline) -> None:
     assert latent_pipe(labels, latents=noise).images[0].mode == "RGB"
 
 
+def test_the_command_and_the_pipeline_undo_what_encode_did(
+    tmp_path: Path, latent_pipe: ARDPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scale and shift: the VAE is asked to decode z of (z - shift) * scale."""
+    vae = copy.deepcopy(latent_pipe.vae)
+    vae.register_to_config(shift_factor=0.5)
+    vae.save_pretrained(tmp_path / "vae")
+    latent_pipe.student.save_pretrained(tmp_path / "student")
+    asked, decode = [], AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z: (asked.append(z), decode(self, z))[1])
+    run(SampleConfig(tmp_path / "student", tmp_path / "latents", samples=10, latents=True))
+    run(SampleConfig(tmp_path / "student", tmp_path / "images", samples=10, vae=tmp_path / "vae"))
+    z = torch.from_numpy(np.load(tmp_path / "latents" / "samples.npz")["arr_0"]) / 0.18215 + 0.5
+    assert torch.equal(torch.cat(asked), z)
+    assert len(asked) == 2, "all at once takes too much memory"
+    with torch.no_grad():
+        wanted = to_uint8(decode(vae, z).sample).permute(0, 2, 3, 1)
+    images = np.load(tmp_path / "images" / "samples.npz")["arr_0"]
+    assert images.shape == (10, 28, 28, 3)
+    assert np.abs(images.astype(int) - wanted.numpy().astype(int)).max() <= 1
+    asked.clear()
+    ARDPipeline(latent_pipe.student, vae)([1], latents=torch.zeros(1, 4, 14, 14))
+    latents = sample(latent_pipe.student, torch.zeros(1, 4, 14, 14), torch.tensor([1]))[:, -1]
+    assert torch.equal(asked[0], latents / 0.18215 + 0.5)
+    assert read_json(tmp_path / "images" / "sample.json")["config"]["vae"] == str(tmp_path / "vae")
+
+
+def test_latents_are_no_pictures(tmp_path: Path, latent_pipe: ARDPipeline, pipe: ARDPipeline) -> None:
+    latent_pipe.student.save_pretrained(tmp_path / "student")
+    with pytest.raises(ValueError, match="4 channels, which are no picture; accepted are --vae"):
+        run(SampleConfig(tmp_path / "student", tmp_path / "out", samples=2))
+    latent_pipe.vae.save_pretrained(tmp_path / "vae")
+    pipe.student.save_pretrained(tmp_path / "pixels")
+    with pytest.raises(ValueError, match="of 4 latent channels, the student has 1"):
+        run(SampleConfig(tmp_path / "pixels", tmp_path / "out", samples=2, vae=tmp_path / "vae"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("with_vae", [True, False])
 def test_a_saved_pipeline_comes_back_bit_for_bit(
     tmp_path: Path, with_vae: bool, pipe: ARDPipeline, latent_pipe: ARDPipeline
@@ -290,8 +329,6 @@ main(["convert", "--weights", {str(student)!r}, "--out", {str(tmp_path / "p")!r}
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
-    assert done.stderr.startswith("ard convert: convert: a student --to diffusers needs diffusers"), (
-        done.stderr
-    )
+    assert done.stderr.startswith("ard convert: a student --to diffusers needs diffusers"), done.stderr
     assert (tmp_path / "d" / "config.json").is_file()
     assert not (tmp_path / "p").exists()

@@ -215,6 +215,43 @@ def test_a_folder_with_another_configuration_is_refused(recording: RecordConfig,
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_the_message_names_what_differs_and_nothing_else(recording: RecordConfig, tmp_path: Path) -> None:
+    distill(_config(recording, tmp_path))
+    with pytest.raises(ValueError, match=r"configuration \(clip was 1\.0, is 2\.0; steps was 4, is 2\);"):
+        distill(_config(recording, tmp_path, replace(_SHORT, clip=2.0), steps=2))
+
+
+def test_a_run_is_made_longer(recording: RecordConfig, tmp_path: Path) -> None:
+    """At a constant learning rate it ends with the bits of one that was asked for all at once; how often it
+    logs, saves and shows may change on the way."""
+    longer = replace(_SHORT, iterations=9, log_every=1, checkpoint_every=2, keep_checkpoints=1)
+    distill(_config(recording, tmp_path / "once", longer))
+    distill(_config(recording, tmp_path / "twice"))
+    short = _weights(tmp_path / "twice")
+    distill(_config(recording, tmp_path / "twice", longer))
+    once, twice = (_weights(tmp_path / name) for name in ("once", "twice"))
+    assert all(torch.equal(value, twice[name]) for name, value in once.items())
+    assert not all(torch.equal(value, short[name]) for name, value in once.items())
+    assert (
+        json.loads((tmp_path / "twice" / "run.json").read_text())["config"]["optimisation"]["iterations"] == 9
+    )
+    with pytest.raises(ValueError, match=r"iterations was 9, is 6\)"):
+        distill(_config(recording, tmp_path / "twice"))
+    cosine = replace(_SHORT, lr_schedule="cosine")
+    distill(_config(recording, tmp_path / "cosine", cosine))
+    with pytest.raises(ValueError, match=r"iterations was 6, is 7\)"):
+        distill(_config(recording, tmp_path / "cosine", replace(cosine, iterations=7)))
+
+
+def test_clip_0_does_not_clip(recording: RecordConfig, tmp_path: Path) -> None:
+    for clip in (0, 1e9, 1e-3):
+        distill(_config(recording, tmp_path / str(clip), replace(_SHORT, iterations=2, clip=clip)))
+    none, large, small = (_weights(tmp_path / str(clip)) for clip in (0, 1e9, 1e-3))
+    assert all(torch.equal(value, large[name]) for name, value in none.items())
+    assert not all(torch.equal(value, small[name]) for name, value in none.items())
+    assert _log(tmp_path / "0")[-1]["norm"] == _log(tmp_path / "1000000000.0")[-1]["norm"] > 0
+
+
 def test_a_damaged_checkpoint_is_refused(recording: RecordConfig, tmp_path: Path) -> None:
     distill(_config(recording, tmp_path))
     path = tmp_path / "checkpoints" / "step-00000006" / "ema.safetensors"

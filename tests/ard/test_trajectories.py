@@ -217,7 +217,7 @@ def test_every_solver_is_recorded_alike(recording: RecordConfig, tmp_path: Path,
     )
     record(config)
     store = TrajectoryStore(tmp_path)
-    assert store.summary()["solver"] == solver
+    assert store.summary(store.grid(4), "x0")["solver"] == solver
     model, diffusion = load_teacher(config.teacher)
     noise, labels = index_noise(torch.arange(8), (1, 28, 28), 0), torch.arange(8)
     with torch.no_grad():
@@ -263,7 +263,7 @@ def test_live_is_what_would_be_recorded(
             for got, expected in zip(ours, wanted, strict=True):
                 assert got.dtype == expected.dtype
                 assert torch.equal(got, expected)
-    assert live.summary() == store.summary()
+    assert live.summary((25, 0), "x0") == store.summary((25, 0), "x0")
     assert len(live) == len(store)
     for steps in (1, 2, 3, 4, 5):
         assert live.grid(steps) == store.grid(steps)
@@ -326,3 +326,11 @@ def test_live_refuses_what_cannot_be(recording: RecordConfig, tmp_path: Path) ->
     ):
         with pytest.raises(ValueError, match=message):
             LiveTrajectories(recording.teacher, SolverConfig(**options))  # type: ignore[arg-type]
+
+
+def test_samples_and_states_that_are_not_there_are_named(store: TrajectoryStore) -> None:
+    for index in (-1, 44):
+        with pytest.raises(ValueError, match=rf"indices are .*{index}.*, accepted are 0\.\.43"):
+            store.states(torch.tensor([0, index]), (25, 0), "x0")
+    with pytest.raises(ValueError, match="state is 'eps', accepted are 'x0', 'xt'"):
+        store.states(torch.tensor([0]), (25, 0), "eps")  # type: ignore[arg-type]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 import ard_kernels
-from ard_kernels import BlockLayout, block_attention, use_backend
+from ard_kernels import BlockLayout, block_attention, reference, use_backend
 from ard_kernels.backends import forced
 
 
@@ -104,3 +107,63 @@ def test_environment_variable_unknown_instruction_set_is_named() -> None:
     done = _python("import ard_kernels", ARD_KERNELS_ISA="mmx")
     assert done.returncode != 0
     assert "environment variable ARD_KERNELS_ISA is 'mmx', accepted here are" in done.stderr
+
+
+_LAYOUT = BlockLayout((2, 3))
+_X, _TABLE = torch.ones(1, 5, 16), torch.ones(1, 2, 16)
+_ONE_ARGUMENT: dict[str, Callable[[ModuleType], Callable[[Tensor], Tensor]]] = {
+    "block_attention": lambda f: (
+        lambda x: f.block_attention(*[x.unflatten(-1, (1, 16))] * 3, _LAYOUT, scale=0.1)
+    ),
+    "cached_block_attention": lambda f: (
+        lambda x: f.cached_block_attention(x[:, 2:].unsqueeze(2), *[x.unsqueeze(2)] * 2, _LAYOUT, 1)
+    ),
+    "adaln": lambda f: lambda x: f.adaln(x.cumsum(-1), _TABLE, _TABLE, _LAYOUT),
+    "gated_residual": lambda f: lambda x: f.gated_residual(_X, x, _TABLE, _LAYOUT),
+    "gated_residual_adaln": lambda f: (
+        lambda x: f.gated_residual_adaln(_X, x.cumsum(-1), *[_TABLE] * 3, _LAYOUT)[1]
+    ),
+    "gelu": lambda f: f.gelu,
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("operator", _ONE_ARGUMENT)
+def test_forward_mode_differentiation_is_refused_and_not_zero(operator: str, backend: str) -> None:
+    """An operator with a backward alone passes for a constant there; the reference says what is lost."""
+    ours, theirs = (_ONE_ARGUMENT[operator](module) for module in (ard_kernels, reference))
+    x = torch.linspace(-1, 1, _X.numel()).view_as(_X)
+    _, wanted = torch.func.jvp(theirs, (x,), (x * x,))
+    assert wanted.abs().max() > 1e-3
+    if not ard_kernels.backends()[backend].available:
+        backend = "eager"
+    with use_backend(backend):
+        if operator == "gelu" and backend == "eager":  # PyTorch's own
+            torch.testing.assert_close(torch.func.jvp(ours, (x,), (x * x,))[1], wanted)
+            return
+        with pytest.raises(
+            NotImplementedError, match=rf"^{operator}: an argument has a tangent .* reference"
+        ):
+            torch.func.jvp(ours, (x,), (x * x,))
+        # What does not depend on the variable is a constant indeed.
+        _, tangent = torch.func.jvp(lambda y: y.sum() * ours(x).sum(), (x,), (x,))
+        assert tangent == x.sum() * ours(x).sum()
+
+
+@pytest.mark.parametrize("operator", _ONE_ARGUMENT)
+def test_what_is_no_tensor_is_named(operator: str) -> None:
+    layout, good = _LAYOUT, {"x": _X, "branch": _X, "gate": _TABLE, "shift": _TABLE, "scale": _TABLE}
+    if "attention" in operator:
+        good = dict.fromkeys(("q", "k", "v"), _X.unsqueeze(2))
+        if operator.startswith("cached"):
+            good = {"q": _X[:, :2].unsqueeze(2), "k_cache": _X.unsqueeze(2), "v_cache": _X.unsqueeze(2)}
+    wanted = {
+        "adaln": ("x", "shift", "scale"), "gated_residual": ("x", "branch", "gate"), "gelu": ("x",)
+    }.get(operator, tuple(good))  # fmt: skip
+    rest = {} if operator == "gelu" else {"layout": layout}
+    rest |= {"block": 0} if operator.startswith("cached") else {}
+    given = {name: good[name] for name in wanted}
+    getattr(ard_kernels, operator)(**given, **rest)
+    for name in wanted:
+        with pytest.raises(ValueError, match=rf"^{operator}: {name} is NoneType, accepted is a Tensor"):
+            getattr(ard_kernels, operator)(**{**given, name: None}, **rest)

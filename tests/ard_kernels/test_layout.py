@@ -84,6 +84,16 @@ def test_bad_lengths_are_named(lengths: tuple[object, ...]) -> None:
 def test_bad_uniform_and_mask_are_named() -> None:
     with pytest.raises(ValueError, match=r"uniform: blocks is 0, accepted"):
         BlockLayout.uniform(blocks=0, length=4)
+    with pytest.raises(ValueError, match=r"uniform: blocks is '4', accepted"):
+        BlockLayout.uniform(blocks="4", length=4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"BlockLayout: lengths is 8, accepted"):
+        BlockLayout(8)  # type: ignore[arg-type]
+    for method in (
+        lambda: BlockLayout((2, 2)).area("full"),
+        lambda: BlockLayout((2, 2)).key_ranges(1, "full"),
+    ):
+        with pytest.raises(ValueError, match="mask is 'full', accepted are"):
+            method()  # type: ignore[no-untyped-call]
     with pytest.raises(ValueError, match=r"lengths is \(0, 0\), accepted"):
         BlockLayout.uniform(blocks=2, length=0)
     with pytest.raises(
