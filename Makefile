@@ -49,7 +49,7 @@ test-install: $(VENV)/.developer
 	$(BIN)/python -m pytest -m install $(ARGS) tests/test_installation.py
 
 test-gpu: $(VENV)/.developer
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python -m pytest -m gpu -n 8 --dist worksteal $(ARGS)
 
 bench: $(VENV)/.developer
 	$(BIN)/python -m pytest --benchmark-only tests/benchmarks $(ARGS)

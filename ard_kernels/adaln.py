@@ -37,7 +37,7 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, layout: BlockLayout, eps: flo
         ValueError: a shape, dtype, device or layout that does not fit; the message names it.
         NotImplementedError: forward-mode differentiation (jvp).
     """
-    _check("adaln", x, layout, shift=shift, scale=scale)
+    _check("adaln", layout, {"x": x}, shift=shift, scale=scale)
     backend = choose("adaln", _BACKENDS, x, shift, scale)
     y, _, _ = _adaln(x, shift, scale, layout.lengths, eps, _branch_dtype(x), backend)
     return cast(Tensor, y)
@@ -58,7 +58,7 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, layout: BlockLayout)
     Raises:
         ValueError: a shape, dtype, device or layout that does not fit; the message names it.
     """
-    _check("gated_residual", x, layout, branch, gate=gate)
+    _check("gated_residual", layout, {"x": x, "branch": branch}, gate=gate)
     backend = choose("gated_residual", _BACKENDS, x, branch, gate)
     return cast(Tensor, _gated_residual(x, branch, gate, layout.lengths, backend))
 
@@ -77,7 +77,7 @@ def gated_residual_adaln(
     Arguments, errors and dtypes are those of the two functions. The statistics are those of the residual as
     it is stored, after rounding. The definition is `ard_kernels.reference.gated_residual_adaln`.
     """
-    _check("gated_residual_adaln", x, layout, branch, gate=gate, shift=shift, scale=scale)
+    _check("gated_residual_adaln", layout, {"x": x, "branch": branch}, gate=gate, shift=shift, scale=scale)
     backend = choose("gated_residual_adaln", _BACKENDS, x, branch, gate, shift, scale)
     x, y, _, _ = _gated_residual_adaln(
         x, branch, gate, shift, scale, layout.lengths, eps, _branch_dtype(x), backend
@@ -91,18 +91,21 @@ def _branch_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
-def _check(name: str, x: Tensor, layout: BlockLayout, branch: Tensor | None = None, **tables: Tensor) -> None:
+def _check(name: str, layout: BlockLayout, streams: dict[str, Tensor], **tables: Tensor) -> None:
+    """`streams`: x, and what has its shape."""
     if not isinstance(layout, BlockLayout):
         raise ValueError(f"{name}: layout is {type(layout).__name__}, accepted is BlockLayout")
-    given = {"x": x, **tables} if branch is None else {"x": x, "branch": branch, **tables}
+    given = {**streams, **tables}
     for label, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name}: {label} is {type(tensor).__name__}, accepted is a Tensor")
+    x = streams["x"]
     if x.dim() != 3 or x.shape[1] != layout.total:
         raise ValueError(f"{name}: x has shape {tuple(x.shape)}, accepted is (B, {layout.total}, D) "
                          f"({layout.blocks} blocks of {layout.lengths})")  # fmt: skip
-    if branch is not None and branch.shape != x.shape:
-        raise ValueError(f"{name}: branch has shape {tuple(branch.shape)}, x has {tuple(x.shape)}")
+    for label, stream in streams.items():
+        if stream.shape != x.shape:
+            raise ValueError(f"{name}: {label} has shape {tuple(stream.shape)}, x has {tuple(x.shape)}")
     wanted = (x.shape[0], layout.blocks, x.shape[2])
     for label, table in tables.items():
         if table.shape != wanted:
@@ -179,11 +182,14 @@ def _(
 
 def _adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, shift, scale, ctx.lengths, _, _, ctx.backend = inputs
+    ctx.set_materialize_grads(False)  # or every backward would fill zero gradients of the statistics
     ctx.save_for_backward(x, scale, *output[1:])
     ctx.shift_dtype = shift.dtype
 
 
-def _adaln_grad(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _adaln_grad(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 7
     dx, dshift, dscale = _adaln_backward(dy, None, *ctx.saved_tensors, ctx.lengths, ctx.backend)
     return dx, dshift.to(ctx.shift_dtype), dscale, None, None, None, None
 
@@ -275,12 +281,20 @@ def _(
 
 def _gated_residual_adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, branch, gate, shift, scale, ctx.lengths, _, _, ctx.backend = inputs
-    x, _, mean, rstd = output
+    x, y, mean, rstd = output
+    ctx.set_materialize_grads(False)  # as above
     ctx.save_for_backward(x, branch, gate, scale, mean, rstd)
-    ctx.shift_dtype = shift.dtype
+    ctx.shift_dtype, ctx.y_dtype = shift.dtype, y.dtype
 
 
-def _gated_residual_adaln_grad(ctx: Any, dx: Tensor, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gated_residual_adaln_grad(
+    ctx: Any, dx: Tensor | None, dy: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    if dx is None and dy is None:
+        return (None,) * 9
+    x = ctx.saved_tensors[0]
+    dx = torch.zeros_like(x) if dx is None else dx
+    dy = torch.zeros_like(x, dtype=ctx.y_dtype) if dy is None else dy
     grads = _gated_residual_adaln_backward(dx, dy, *ctx.saved_tensors, ctx.lengths, ctx.backend)
     dx, dbranch, dgate, dshift, dscale = grads
     return dx, dbranch, dgate, dshift.to(ctx.shift_dtype), dscale, None, None, None, None

@@ -161,10 +161,13 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, *ctx.options = inputs
+    ctx.set_materialize_grads(False)  # or every backward would fill a zero gradient of the log-sum-exp
     ctx.save_for_backward(q, k, v, *output)
 
 
-def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 8
     return *_block_attention_backward(dout, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 

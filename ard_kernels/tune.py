@@ -122,7 +122,8 @@ def write(gpu: str, found: dict[str, Launch]) -> Path:
 
 
 def tune(dims: list[int], length: int, batch: int, heads: int = 16) -> dict[str, Launch]:
-    """Measures forward, dq and dkv for block-causal attention over four blocks in bfloat16."""
+    """Measures forward, dq and dkv for block-causal attention over four blocks in bfloat16, and writes the
+    table after each."""
     from triton.testing import do_bench
 
     from ard_kernels.backends import attention_triton as kernels
@@ -144,7 +145,6 @@ def tune(dims: list[int], length: int, batch: int, heads: int = 16) -> dict[str,
             best = fastest(name, partial(do_bench, call), partial(print, flush=True))
             if best is not None:
                 found[name] = _trial[name] = best[0]  # dkv is measured beside the best dq
-                print(f"{name}: best {best[0]}, {best[1]:.3f} ms", flush=True)
+                print(f"{name}: best {best[0]}, {best[1]:.3f} ms; in {write(gpu, found)}", flush=True)
     _trial.clear()
-    print(f"written: {write(gpu, found)}")
     return found

@@ -62,12 +62,14 @@ def keep_freed_memory() -> bool:
 
 
 def environment() -> dict[str, Any]:
-    """The command, the commit, the machine, the versions and the date: what makes a number repeatable."""
+    """The command, the commit (None without git), the machine, the versions and the date: what makes a number
+    repeatable."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "modified": None if changes is None else bool(changes),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),

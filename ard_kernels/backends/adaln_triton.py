@@ -266,8 +266,8 @@ def _slices(segments: int, longest: int) -> int:
     return max(wanted, -(-longest // 256))
 
 
-# Layouts are few; the bound is for programs that sweep over them.
-@functools.lru_cache(maxsize=512)
+# Kept for good: a CUDA graph may read a table long after its last lookup here.
+@functools.cache
 def _bounds(layout: BlockLayout, device: torch.device) -> Tensor | None:
     """int32 (S + 1,): the first token of every block, and T. None for equal blocks: arithmetic tells."""
     return None if layout.is_uniform else torch.tensor(layout.bounds, dtype=torch.int32, device=device)

@@ -29,9 +29,9 @@ _MUST_END = ("correctness", "sanitizer")
 # Seconds between the end of a section's time, which it sees itself, and the end of its process.
 _GRACE = 20.0
 
-# Processes that divide the correctness checks: compilation of kernels is what they wait for. 8 keep 16 cores
-# busy, compiler threads included.
-_PROCESSES = 8
+# Processes that divide the correctness checks: compilation of kernels is what they wait for. With the
+# sanitizer's they leave one core of 16.
+_PROCESSES = 14
 
 
 def work(name: str, settings: Settings, path: Path, seconds: float) -> None:

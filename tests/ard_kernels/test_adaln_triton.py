@@ -37,7 +37,7 @@ def test_training_size(
 ) -> None:
     """DiT-XL at 1024 tokens and more, a GPU's size; two runs agree bitwise."""
     layout = BlockLayout.uniform(blocks=blocks, length=256)
-    inputs = _inputs(name, layout, 16, 1152, dtype, dtype)
+    inputs = _inputs(name, layout, 4, 1152, dtype, dtype)  # drawn on the CPU
     with use_backend(backend):
         _check(assert_accurate, name, inputs, layout)
         first, second = _run(_OURS[name], inputs, layout), _run(_OURS[name], inputs, layout)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ard_kernels.backends import forced
+
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Standard normal numbers, the same on every device and, but for rounding, in every dtype."""
@@ -17,6 +19,13 @@ def takes(backend: str, dtype: torch.dtype) -> bool:
     return dtype not in {"triton": (torch.float64,), "native": (torch.float64, torch.float16)}.get(
         backend, ()
     )
+
+
+def products(dtype: torch.dtype) -> torch.dtype:
+    """The dtype whose epsilon products of `dtype` have: TF32 has float16's, and Triton's kernels truncate
+    float32 to it on a GPU."""
+    truncated = forced() == "triton" and torch.get_default_device().type == "cuda"
+    return torch.float16 if truncated and dtype == torch.float32 else dtype
 
 
 def interpreted(backend: str) -> bool:
