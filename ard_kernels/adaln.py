@@ -292,10 +292,10 @@ def _gated_residual_adaln_grad(
 ) -> tuple[Tensor | None, ...]:
     if dx is None and dy is None:
         return (None,) * 9
-    x = ctx.saved_tensors[0]
+    x, *saved = ctx.saved_tensors  # once: activation checkpointing recomputes them for it
     dx = torch.zeros_like(x) if dx is None else dx
     dy = torch.zeros_like(x, dtype=ctx.y_dtype) if dy is None else dy
-    grads = _gated_residual_adaln_backward(dx, dy, *ctx.saved_tensors, ctx.lengths, ctx.backend)
+    grads = _gated_residual_adaln_backward(dx, dy, x, *saved, ctx.lengths, ctx.backend)
     dx, dbranch, dgate, dshift, dscale = grads
     return dx, dbranch, dgate, dshift.to(ctx.shift_dtype), dscale, None, None, None, None
 
