@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -188,16 +188,16 @@ def sha256(path: Path) -> str:
 
 
 def _check_readable(
-    model: DiT | ARDTransformer, accepted: type[nn.Module], tensors: Mapping[str, Tensor]
+    model: DiT | ARDTransformer, known: type[nn.Module], tensors: Mapping[str, Tensor]
 ) -> None:
-    """A folder is read back as the class that it names: what would not fit it then is an error now."""
-    if type(model) is not accepted:
+    """A folder is read back as the class of the name in it, `known`: what would not fit then is an error."""
+    if type(model) is not known:
         raise ValueError(
-            f"save: the model is a {type(model).__name__}, accepted is {accepted.__name__} itself; of "
-            "another class save the state dict"
+            f"save: the model is a {type(model).__name__} ({type(model).__module__}), accepted is what would "
+            f"be loaded, {known.__name__} ({known.__module__})"
         )
     with torch.device("meta"):
-        check_fit(accepted(**model.config).state_dict(), tensors, "save")
+        check_fit(known(**model.config).state_dict(), tensors, "save")
 
 
 def _write(folder: Path, description: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -211,8 +211,9 @@ def write_teacher(
     """config.json and model.safetensors in a folder, whatever else is there; `tensors` instead of the model's
     own weights (an EMA)."""
     tensors = model.state_dict() if tensors is None else tensors
-    _check_readable(model, DiT, tensors)
-    _write(folder, {"class": "DiT", "config": model.config, "diffusion": diffusion.config}, tensors)
+    name = type(model).__name__
+    _check_readable(model, DiT.classes[name], tensors)
+    _write(folder, {"class": name, "config": model.config, "diffusion": diffusion.config}, tensors)
 
 
 def write_student(
@@ -250,14 +251,15 @@ def save_student(
 
 
 @contextlib.contextmanager
-def _described(folder: Path, wanted: str) -> Iterator[dict[str, Any]]:
+def _described(folder: Path, wanted: str, accepted: Container[str | None]) -> Iterator[dict[str, Any]]:
     """The description in a folder; one that does not describe a model is an error in the block, too."""
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG} there; accepted is a folder written by this project")
     description = read_json(folder / CONFIG)
     found = description.get("class") if isinstance(description, dict) else None
-    if found != wanted:
-        raise ValueError(f"{folder / CONFIG}: holds a {found}, wanted is a {wanted}")
+    if found not in accepted:
+        hint = ", or a subclass whose module has been imported" if wanted == "DiT" else ""
+        raise ValueError(f"{folder / CONFIG}: holds a {found}, wanted is a {wanted}{hint}")
     try:
         yield description
     except (KeyError, TypeError, AttributeError) as error:
@@ -266,8 +268,9 @@ def _described(folder: Path, wanted: str) -> Iterator[dict[str, Any]]:
 
 def load_teacher(folder: Path) -> tuple[DiT, Diffusion]:
     """The DiT of a folder, in evaluation mode and without gradients, and its noise schedule."""
-    with _described(folder, "DiT") as description:
-        model, diffusion = DiT(**description["config"]), Diffusion(**description["diffusion"])
+    with _described(folder, "DiT", DiT.classes) as description:
+        model = DiT.classes[description["class"]](**description["config"])
+        diffusion = Diffusion(**description["diffusion"])
     load_weights(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
     model.diffusion = diffusion
     return model.eval().requires_grad_(False), diffusion
@@ -275,7 +278,7 @@ def load_teacher(folder: Path) -> tuple[DiT, Diffusion]:
 
 def load_student(folder: Path) -> tuple[ARDTransformer, dict[str, Any]]:
     """The student of a folder, in evaluation mode and without gradients, and what it was trained on."""
-    with _described(folder, "ARDTransformer") as description:
+    with _described(folder, "ARDTransformer", ["ARDTransformer"]) as description:
         model, trajectories = ARDTransformer(**description["config"]), description["trajectories"]
     load_weights(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
     model.trajectories = trajectories

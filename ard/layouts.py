@@ -76,9 +76,11 @@ def released_checkpoint(model: DiT | ARDTransformer) -> dict[str, Any]:
             another mask or other times than the released ones, or without a null class.
     """
     if isinstance(model, DiT):
+        _require("class", type(model).__name__, "DiT", "the public DiT's code")
         _require("time_frequencies", model.config["time_frequencies"], "dit", "the public DiT's code")
         return model.state_dict()
     layout, dit = "the released code", model.config["teacher"]
+    _require("teacher_class", model.config.get("teacher_class", "DiT"), "DiT", layout)
     _require("time_frequencies", dit["time_frequencies"], "dit", layout)
     _require("null_class", dit["null_class"], True, layout)
     _require("mask", model.mask if model.history_layers else "causal", "causal", layout)
@@ -181,6 +183,7 @@ def to_diffusers(teacher: DiT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     layout, config = "diffusers' DiT", teacher.config
     height, width = teacher.input_size
+    _require("class", type(teacher).__name__, "DiT", layout)
     _require("input_size", (height, width), (height, height), layout)
     _require("null_class", config["null_class"], True, layout)
     _require("mlp_ratio", config["mlp_ratio"], 4.0, layout)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -221,7 +221,18 @@ class DiT(nn.Module, Pretrained):
         diffusion: the process that it was trained for; `from_pretrained` sets it, `save_pretrained` needs it.
 
     The state dict has the keys and shapes of the public release, whose weights load strictly.
+
+    A subclass may have other layers and embedders, which a student takes over as they are (its own `embed`,
+    `modulation` and `features` are its own). It adds its arguments to `config`: it is made again by
+    ``cls(**config)``. A folder names its class, and whoever loads it has imported the module that defines it.
     """
+
+    classes: ClassVar[dict[str, type[DiT]]] = {}
+    """DiT and its subclasses by name."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        DiT.classes[cls.__name__] = cls
 
     def __init__(
         self, input_size: int | Sequence[int] = 32, patch_size: int = 2, channels: int = 4, width: int = 1152,
@@ -272,7 +283,10 @@ class DiT(nn.Module, Pretrained):
     def _load_folder(cls, folder: Path) -> DiT:
         from ard.checkpoints import load_teacher  # which imports this module
 
-        return load_teacher(folder)[0]
+        model = load_teacher(folder)[0]
+        if not isinstance(model, cls):
+            raise ValueError(f"{folder}: holds a {type(model).__name__}, wanted is a {cls.__name__}")
+        return model
 
     def _save_folder(self, folder: Path) -> None:
         from ard.checkpoints import write_teacher
@@ -343,3 +357,6 @@ class DiT(nn.Module, Pretrained):
                     f"DiT: {name} has shape {tuple(value.shape)}, accepted is ({len(x)},), one per sample"
                 )
         return self.features(x, self.condition(t, labels))[0]
+
+
+DiT.classes["DiT"] = DiT

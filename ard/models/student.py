@@ -28,6 +28,7 @@ class ARDTransformer(nn.Module, Pretrained):
 
     Args:
         teacher: the configuration of the DiT it is made from (`DiT.config`).
+        teacher_class: that DiT's class, by name (`DiT.classes`).
         steps: S, the number of states it sees and of predictions it makes.
         history_layers: N, how many of the lowest layers see earlier states; 0 is step distillation.
         mask: which earlier states they see.
@@ -45,10 +46,14 @@ class ARDTransformer(nn.Module, Pretrained):
 
     def __init__(
         self, teacher: dict[str, Any], steps: int = 4, history_layers: int = 6, mask: Mask = "causal",
-        per_step_final: bool = True, times: Sequence[float] | None = None,
+        per_step_final: bool = True, times: Sequence[float] | None = None, teacher_class: str = "DiT",
     ) -> None:  # fmt: skip
         super().__init__()
-        self._build(DiT(**teacher), steps, history_layers, mask, per_step_final, times)
+        if teacher_class not in DiT.classes:
+            raise ValueError(f"ARDTransformer: teacher_class is {teacher_class!r}, known here are "
+                             f"{', '.join(DiT.classes)}; import the module that defines it")  # fmt: skip
+        dit = DiT.classes[teacher_class](**teacher)
+        self._build(dit, steps, history_layers, mask, per_step_final, times)
 
     def _build(
         self, dit: DiT, steps: int, history_layers: int, mask: Mask, per_step_final: bool,
@@ -68,6 +73,8 @@ class ARDTransformer(nn.Module, Pretrained):
         }  # fmt: skip
         if times is not None:
             self.config["times"] = [float(t) for t in times]
+        if type(dit) is not DiT:
+            self.config["teacher_class"] = type(dit).__name__
         self.steps, self.history_layers, self.mask = steps, history_layers, mask
         self.grid, self.patch_size, self.channels = dit.grid, dit.patch_size, dit.channels
         self.input_size, self.heads, self.width, self.depth = dit.input_size, dit.heads, dit.width, dit.depth

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ard.diffusion import Diffusion
+from ard.layouts import released_checkpoint, to_diffusers
 from ard.models import PRESETS, ARDTransformer, DiT
-from ard.models.dit import AdaLNModulation, position_embedding
+from ard.models.dit import AdaLNModulation, Attention, position_embedding
 from ard_kernels.layout import MASKS, Mask
 
 _TINY = {
@@ -422,19 +424,80 @@ def test_a_student_has_the_times_of_its_teachers_process(
     assert asked.times.tolist() == [4.0, 3.0, 2.0, 1.0]
 
 
+class QKNorm(DiT):
+    """A teacher of one's own: other layers, an argument of their own."""
+
+    def __init__(self, norm_eps: float = 1e-6, **options: Any) -> None:
+        super().__init__(**options)
+        self.config["norm_eps"] = norm_eps
+        for block in self.blocks:
+            block.attn = _QKNormAttention(self.width, self.heads, norm_eps)  # type: ignore[assignment]
+
+
+class _QKNormAttention(Attention):
+    def __init__(self, width: int, heads: int, eps: float) -> None:
+        super().__init__(width, heads)
+        self.norm = nn.RMSNorm(width // heads, eps)
+
+    def forward(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        return super().forward(x, lambda q, k, v: attend(self.norm(q), self.norm(k), v))
+
+
+def test_a_teacher_of_ones_own_is_a_teacher(tmp_path: Path) -> None:
+    """Saved, loaded, distilled and sampled like DiT; its layers and its argument are where they belong."""
+    teacher = QKNorm(norm_eps=0.5, **_TINY)
+    _randomise(teacher)
+    teacher.diffusion = Diffusion("linear", "v")
+    teacher.save_pretrained(tmp_path / "teacher")
+    again = DiT.from_pretrained(tmp_path / "teacher")
+    assert type(again) is QKNorm
+    assert again.blocks[0].attn.norm.eps == 0.5  # type: ignore[union-attr]
+    x, t, labels = torch.randn(2, 3, 4, 8), torch.tensor([999.0, 3.5]), torch.tensor([1, 6])
+    assert torch.equal(again(x, t, labels), teacher.eval()(x, t, labels))
+    student = ARDTransformer.from_teacher(teacher, steps=3, history_layers=2)
+    _randomise(student)
+    states, labels = _states(student)
+    assert _relative(_sample_with(student, states, labels), student(states, labels)) < 100 * _EPS32
+    student.save_pretrained(tmp_path / "student")
+    loaded = ARDTransformer.from_pretrained(tmp_path / "student")
+    assert torch.equal(loaded(states, labels), student(states, labels))
+    plain = _teacher()
+    plain.diffusion = teacher.diffusion
+    plain.save_pretrained(tmp_path / "plain")
+    assert "teacher_class" not in ARDTransformer.from_teacher(plain, history_layers=1).config
+    with pytest.raises(ValueError, match="holds a DiT, wanted is a QKNorm"):
+        QKNorm.from_pretrained(tmp_path / "plain")
+    for model in (teacher, student):
+        with pytest.raises(ValueError, match="class"):
+            released_checkpoint(model)
+    with pytest.raises(ValueError, match="class"):
+        to_diffusers(teacher)
+
+
+def test_a_class_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = QKNorm(**_TINY)
+    teacher.diffusion = Diffusion("linear", "v")
+    teacher.save_pretrained(tmp_path / "teacher")
+    ARDTransformer.from_teacher(teacher, history_layers=1).save_pretrained(tmp_path / "student")
+    monkeypatch.delitem(DiT.classes, "QKNorm")
+    with pytest.raises(ValueError, match="holds a QKNorm, wanted is a DiT, or a subclass whose module"):
+        DiT.from_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"teacher_class is 'QKNorm', known here are DiT.*; import"):
+        ARDTransformer.from_pretrained(tmp_path / "student")
+
+
 def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
-    """A class of one's own trains like any; its folder would be read as another's."""
-
-    class Own(DiT):
-        pass
-
-    own = Own(**_TINY)  # type: ignore[arg-type]
-    own.diffusion = Diffusion()
-    with pytest.raises(ValueError, match="the model is a Own, accepted is DiT itself"):
-        own.save_pretrained(tmp_path / "teacher")
+    """Layers that no class makes again."""
     changed = _teacher()
     changed.blocks[0].attn.norm = nn.LayerNorm(8)  # type: ignore[union-attr]
     student = ARDTransformer.from_teacher(changed, history_layers=1)
     with pytest.raises(ValueError, match=r"save: does not fit .*unexpected blocks\.0\.attn\.norm\.weight"):
         student.save_pretrained(tmp_path / "student")
+
+    class Student(ARDTransformer):
+        pass
+
+    own = Student(student.config["teacher"], history_layers=1)
+    with pytest.raises(ValueError, match=r"the model is a Student .*, accepted .* ARDTransformer"):
+        own.save_pretrained(tmp_path / "student")
     assert not [*tmp_path.rglob("*.safetensors")]
