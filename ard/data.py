@@ -345,6 +345,13 @@ def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(size)
 
 
+def check_counts(where: str, **counts: int) -> None:
+    """An error in the name of `where` about the first of them that is no count."""
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{where}: {name} is {value}, accepted is an integer >= 1")
+
+
 def check_seed(seed: int, where: str) -> None:
     """An error in the name of `where` about what the generators below cannot take."""
     if not 0 <= seed < 2**63:

@@ -27,7 +27,7 @@ from ard.checkpoints import (
     write_text,
 )
 from ard.costs import dit_macs, student_macs
-from ard.data import CLASSES, check_seed
+from ard.data import CLASSES, check_counts, check_seed
 from ard.diffusion import guided
 from ard.evaluation import evaluate_checkpoints
 from ard.pictures import image_grid
@@ -106,9 +106,8 @@ def _seconds(candidates: dict[str, Callable[[], object]], repeats: int = 5) -> d
 
 def demo(config: DemoConfig) -> None:
     began = time.perf_counter()
-    for name in ("iterations", "samples", "held_out", "steps", "batch_size", "curve_points"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}, accepted is an integer >= 1")
+    counts = ("iterations", "samples", "held_out", "steps", "batch_size", "curve_points")
+    check_counts("demo", **{name: getattr(config, name) for name in counts})
     check_seed(config.seed, "demo")
     Run(config.out, "demo", config)
     held_out = config.out / "held-out"

@@ -20,9 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ard.checkpoints import load_student, replacing, write_json
-from ard.data import Stream, index_noise
+from ard.data import Stream, check_counts, check_seed, index_noise
 from ard.models import ARDTransformer
 from ard.runs import plain, versions
+from ard.shards import worker_device
 from ard.trajectories import TrajectoryStore
 
 
@@ -150,10 +151,8 @@ def _check(config: DiagnoseConfig) -> None:
                          "one a student")  # fmt: skip
     if not config.sizes or not all(0 < size < math.inf for size in config.sizes):
         raise ValueError(f"diagnose: sizes are {config.sizes}, accepted are one or more numbers > 0")
-    if config.batch_size < 1:
-        raise ValueError(f"diagnose: batch_size is {config.batch_size}, accepted is an integer >= 1")
-    if config.seed < 0:
-        raise ValueError(f"diagnose: seed is {config.seed}, accepted is an integer >= 0")
+    check_counts("diagnose", batch_size=config.batch_size)
+    check_seed(config.seed, "diagnose")
     if config.out.exists() and not config.out.is_dir():
         raise ValueError(f"diagnose: out is {config.out}, a file; accepted is a folder, there or not")
 
@@ -185,7 +184,7 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
     loaded = [load_student(folder) for folder in config.students]
     for folder, (_, trained) in zip(config.students, loaded, strict=True):
         store.of_student(folder, trained)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = worker_device()
     rows = []
     with tqdm(total=count * len(loaded), desc="diagnose", unit="sample", mininterval=1.0) as bar:
         for folder, name, (student, trained) in zip(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ard.checkpoints import read_json, sha256
-from ard.data import ImageFolder, LatentStore, Stream, check_seed, index_noise
+from ard.data import ImageFolder, LatentStore, Stream, check_counts, check_seed, index_noise
 from ard.shards import Shards, worker, worker_device
 
 _VAE_CONFIG, _VAE_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -58,9 +58,7 @@ def encode(config: EncodeConfig) -> None:
         ValueError: an option, the VAE or an image is not accepted, diffusers is not installed, or the folder
             holds other latents.
     """
-    for name in ("size", "shard_size", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"encode: {name} is {getattr(config, name)}, accepted is an integer >= 1")
+    check_counts("encode", size=config.size, shard_size=config.shard_size, batch_size=config.batch_size)
     check_seed(config.seed, "encode")
     vae = load_vae(config.vae)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -103,7 +101,8 @@ def encode(config: EncodeConfig) -> None:
 
 def decode(vae: Any, latents: Tensor, batch: int = 8) -> Tensor:
     """Latents as a model sees them (n, C, h, w) -> images (n, channels, H, W) about [-1, 1], in the VAE's
-    dtype, `batch` at a time: decoding takes far more memory than its result."""
+    dtype, `batch` at a time: of an image of 256x256, Stable Diffusion's decoder holds several activations of
+    256 channels at full size, 67 MB each, and the image is 0.8 MB."""
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
     parts = latents.to(vae.dtype).split(batch)
     return torch.cat([vae.decode(part / scale + shift).sample for part in parts])

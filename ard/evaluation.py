@@ -27,11 +27,12 @@ from ard.checkpoints import (
     write_json,
     write_tensors,
 )
-from ard.data import DEBIAN_FOLDER, Dataset, load_images, to_uint8
+from ard.data import DEBIAN_FOLDER, Dataset, check_counts, load_images, to_uint8
 from ard.models.classifier import Classifier
 from ard.pictures import image_grid, save_png
 from ard.runs import Run, plain, versions
 from ard.sampling import sample
+from ard.shards import worker_device
 from ard.training import Batch, Optimisation, accelerator_for, fit, image_batches
 from ard.trajectories import TrajectoryStore
 
@@ -53,10 +54,6 @@ class Extractor:
     """Of the images that it takes."""
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def load_classifier(folder: Path) -> Classifier:
     """The classifier of a folder, in evaluation mode."""
     description = read_json(folder / CONFIG)
@@ -69,7 +66,7 @@ def load_classifier(folder: Path) -> Classifier:
 
 def classifier_extractor(folder: Path) -> Extractor:
     """Features of the embedded (or another) classifier. Not the Inception of FID: name it for what it is."""
-    device = _device()
+    device = worker_device()
     model = load_classifier(folder).to(device)
     return Extractor(
         "Fashion-MNIST classifier, 64 features",
@@ -90,7 +87,7 @@ def inception_extractor(weights: Path) -> Extractor:
         raise ValueError(
             f"Inception features need the extra `eval` (pip install 'ard[eval]'): {error}"
         ) from None
-    device = _device()
+    device = worker_device()
     model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights)).eval().to(device)
 
     def features(images: Tensor) -> Tensor:
@@ -223,8 +220,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError(
             f"evaluate: samples is {count}, accepted are {fewest}..{len(store)}, what {store.folder} holds"
         )
-    if config.batch_size < 1:
-        raise ValueError(f"evaluate: batch_size is {config.batch_size}, accepted is an integer >= 1")
+    check_counts("evaluate", batch_size=config.batch_size)
     grid, state = store.of_student(config.student, trained)
     extractor = (
         classifier_extractor(config.classifier)
@@ -240,7 +236,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )
     shape = (student.channels, *student.input_size)
     _check_width(extract(extractor, torch.zeros(1, *shape, dtype=torch.uint8)), extractor, reference)
-    device = _device()
+    device = worker_device()
     student.to(device)
     made, recorded, classes = [], [], []
     errors, seconds = torch.zeros(student.steps, dtype=torch.float64), 0.0

@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from tqdm import tqdm
 
 from ard.checkpoints import load_student, replacing, write_json
-from ard.data import check_seed, index_noise, to_uint8
+from ard.data import check_counts, check_seed, index_noise, to_uint8
 from ard.encoding import decode, load_vae
 from ard.models import ARDTransformer
 from ard.pictures import image_grid, save_png
+from ard.shards import worker_device
 from ard_kernels.backends import forced
 
 
@@ -240,31 +241,31 @@ _SHOWN = 100  # on the picture
 def run(config: SampleConfig) -> None:
     from ard.runs import plain, versions  # here: it brings TensorBoard
 
-    if config.samples < 1 or config.batch_size < 1:
-        raise ValueError(
-            f"sample: samples is {config.samples}, batch_size {config.batch_size}; accepted are integers >= 1"
-        )
+    check_counts("sample", samples=config.samples, batch_size=config.batch_size)
     check_seed(config.seed, "sample")
     student, _ = load_student(config.student)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = worker_device()
     vae = _vae(config, student.channels, device)
     classes = torch.tensor(config.labels if config.labels else range(student.num_classes))
     student.to(device)
-    first, made = [], []
+    pictures, made = [], None
     indices = torch.arange(config.samples)
     for some in tqdm(indices.split(config.batch_size), desc="sample", mininterval=1.0):
         noise = index_noise(some, (student.channels, *student.input_size), config.seed)
         labels = classes[some % len(classes)]
         result = sample(student, noise.to(device), labels.to(device))[:, -1]
-        with torch.no_grad():
-            result = (result if vae is None else decode(vae, result)).cpu()
+        result = (result if vae is None else decode(vae, result)).cpu()
         if some[0] < _SHOWN:
-            first.append(result)
-        made.append(result if config.latents else to_uint8(result).permute(0, 2, 3, 1))
-    pictures = torch.cat(first)[:_SHOWN]
-    save_png(config.out / "samples.png", image_grid(pictures, columns=min(10, config.samples)))
+            pictures.append(result)
+        stored = result if config.latents else to_uint8(result).permute(0, 2, 3, 1)
+        if made is None:  # once: a list of all and then one tensor of them would be twice the memory
+            made = stored.new_empty(config.samples, *stored.shape[1:])
+        made[some] = stored
+    assert made is not None
+    shown = torch.cat(pictures)[:_SHOWN]
+    save_png(config.out / "samples.png", image_grid(shown, columns=min(10, config.samples)))
     with replacing(config.out / "samples.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, arr_0=torch.cat(made).numpy(), labels=classes[indices % len(classes)].numpy())
+        np.savez(file, arr_0=made.numpy(), labels=classes[indices % len(classes)].numpy())
     write_json(config.out / "sample.json", {"config": plain(config), "versions": versions()})
     print(f"samples: {config.out / 'samples.png'}, {config.out / 'samples.npz'}")
 

@@ -25,6 +25,7 @@ from ard.data import (
     Dataset,
     Images,
     Stream,
+    check_counts,
     check_seed,
     index_noise,
     index_uniform,
@@ -286,16 +287,10 @@ def accelerator_for(o: Optimisation, unused: bool = False) -> Accelerator:
     Args:
         unused: whether a step may leave weights without a gradient, which costs DDP a walk over the graph.
     """
-    for name in (
-        "iterations",
-        "batch_size",
-        "accumulate",
-        "log_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-    ):
-        if getattr(o, name) < 1:
-            raise ValueError(f"{name} is {getattr(o, name)}, accepted is an integer >= 1")
+    counts = (
+        "iterations", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"
+    )  # fmt: skip
+    check_counts("optimisation", **{name: getattr(o, name) for name in counts})
     for name in ("lr", "warmup", "weight_decay", "clip", "sample_every"):
         if not 0 <= getattr(o, name) < math.inf:
             raise ValueError(f"{name} is {getattr(o, name)}, accepted is a finite number >= 0")

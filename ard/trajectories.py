@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ard.checkpoints import WEIGHTS, load_teacher, sha256
-from ard.data import check_seed, index_noise
+from ard.data import check_counts, check_seed, index_noise
 from ard.diffusion import Solver, check_solver, guided
 from ard.shards import Shards, worker, worker_device
 
@@ -89,17 +89,11 @@ def _kept(config: RecordConfig) -> tuple[int, ...]:
     return tuple(sorted(chosen, reverse=True))
 
 
-def _check_counts(where: str, **counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{where}: {name} is {value}, accepted is an integer >= 1")
-
-
 class _Maker:
     """A teacher with its solver: sample indices -> trajectories. `where` is who reports errors."""
 
     def __init__(self, teacher: Path, config: SolverConfig, where: str) -> None:
-        _check_counts(where, batch_size=config.batch_size)
+        check_counts(where, batch_size=config.batch_size)
         check_seed(config.seed, where)
         check_solver(config.solver, where)
         if not 0 <= config.guidance < math.inf:
@@ -155,7 +149,7 @@ class _Maker:
 
 
 def record(config: RecordConfig) -> None:
-    _check_counts("record", samples=config.samples, shard_size=config.shard_size)
+    check_counts("record", samples=config.samples, shard_size=config.shard_size)
     maker = _Maker(config.teacher, config, "record")
     kept = _kept(config)
     manifest = maker.manifest(kept, samples=config.samples, shard_size=config.shard_size)
@@ -287,7 +281,7 @@ class LiveTrajectories(Trajectories):
 
     def __init__(self, teacher: Path, config: SolverConfig, samples: int | None = None) -> None:
         if samples is not None:
-            _check_counts("LiveTrajectories", samples=samples)
+            check_counts("LiveTrajectories", samples=samples)
         self.folder = teacher
         self._maker = _Maker(teacher, config, "LiveTrajectories")
         self.manifest = self._maker.manifest(range(config.solver_steps - 1, 0, -1), samples=samples)

@@ -65,7 +65,7 @@ class BlockLayout:
 
     def key_ranges(self, block: int, mask: Mask) -> tuple[tuple[int, int], ...]:
         """The (start, stop) ranges of keys that `block` attends to: ascending, disjoint, at most two."""
-        check_mask(mask, "BlockLayout.key_ranges")
+        check_mask(mask, "BlockLayout")
         start, stop = self.bounds[block], self.bounds[block + 1]
         if mask == "causal":
             return ((0, stop),)
@@ -89,7 +89,6 @@ class BlockLayout:
 
     def mask(self, mask: Mask, device: torch.device | str | None = None) -> torch.Tensor:
         """Dense bool (T, T), True where the row's token may attend to the column's. To test and to read."""
-        check_mask(mask, "BlockLayout.mask")
         visible = torch.zeros(self.total, self.total, dtype=torch.bool, device=device)
         for s in range(self.blocks):
             for start, stop in self.key_ranges(s, mask):

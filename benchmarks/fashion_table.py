@@ -4,8 +4,8 @@
 
 Students of the embedded teacher, alike but for what a row says, trained on the same trajectories and
 evaluated on others. Rows that carry a claim are trained with several seeds. Whatever is there already is not
-made again: a table that was stopped, or is asked for more seeds or rows, goes on. Writes table.json, table.md
-and table.png.
+made again: a table that was stopped, or is asked for more seeds or rows, goes on; so does one of which only
+table.json is left (`--known`). Writes table.json, table.md and table.png.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from ard.assets import ASSETS
-from ard.checkpoints import load_student, load_teacher, read_json, write_json, write_text
+from ard.checkpoints import load_teacher, read_json, write_json, write_text
 from ard.costs import dit_macs, student_macs
 from ard.data import to_uint8
 from ard.diffusion import guided
@@ -39,6 +39,7 @@ from ard.evaluation import (
     image_metrics,
 )
 from ard.finetuning import FinetuneConfig, finetune
+from ard.models import ARDTransformer
 from ard.sampling import sample
 from ard.training import DistillConfig, Optimisation, distill
 from ard.trajectories import RecordConfig, TrajectoryStore, record
@@ -73,6 +74,11 @@ class Row:
             else f"s{self.steps}-n0"
         )
         return own + ("-gan" if self.gan else "") + (f"-rollout{self.rollout:g}" if self.rollout else "")
+
+    @property
+    def start(self) -> str:
+        """Key of the row whose students the GAN stage starts from."""
+        return dataclasses.replace(self, gan=False).key
 
 
 ROWS = (
@@ -127,20 +133,47 @@ class TableConfig:
     """Students trained side by side, with one thread each."""
     points: int = 4
     """How often a student is evaluated while it trains."""
+    known: Path | None = None
+    """A table.json of the same trainings: what it holds and `out` does not is taken from there, not made."""
     collect: bool = False
     """Make nothing, write the table of what is finished."""
 
 
+def _seeds(config: TableConfig, row: Row) -> range:
+    return range(config.seeds if row.claim else 1)
+
+
+def _known(config: TableConfig) -> dict[str, Any]:
+    """By key, the rows of the earlier table."""
+    if config.known is None:
+        return {}
+    earlier = read_json(config.known)
+    own = ("out", "seeds", "rows", "compile", "jobs", "known", "collect")
+    for name, value in dataclasses.asdict(config).items():
+        if name not in own and earlier["config"][name] != value:
+            raise SystemExit(
+                f"known: {config.known} is of {name} {earlier['config'][name]}, accepted is {value}"
+            )
+    return {row["key"]: row for row in earlier["rows"]}
+
+
 def _runs(config: TableConfig) -> Iterator[tuple[Row, int]]:
-    """Of every row its seeds; regressions first, which the GAN stage starts from."""
+    """What is to be trained: of every row its seeds; regressions first, which the GAN stage starts from."""
+    known = _known(config)
     rows = [row for row in ROWS if not config.rows or row.key in config.rows]
+    missing = [
+        (row, seed) for row in rows for seed in _seeds(config, row)
+        if row.key not in known or str(seed) not in known[row.key]["curves"]
+    ]  # fmt: skip
+    starts = {(row.start, seed) for row, seed in missing if row.gan}
     for row in sorted(rows, key=lambda row: row.gan):
-        for seed in range(config.seeds if row.claim else 1):
-            yield row, seed
+        for seed in _seeds(config, row):
+            if (row, seed) in missing or (row.key, seed) in starts:
+                yield row, seed
 
 
-def _folder(config: TableConfig, row: Row, seed: int) -> Path:
-    return config.out / row.key / f"seed-{seed}"
+def _folder(config: TableConfig, key: str, seed: int) -> Path:
+    return config.out / key / f"seed-{seed}"
 
 
 def _optimisation(config: TableConfig, seed: int, gan: bool) -> Optimisation:
@@ -157,12 +190,12 @@ def _optimisation(config: TableConfig, seed: int, gan: bool) -> Optimisation:
 def _train(config: TableConfig, row: Row, seed: int) -> None:
     """One student, evaluated at every checkpoint."""
     torch.set_num_threads(1)
-    out = _folder(config, row, seed)
+    out = _folder(config, row.key, seed)
     teacher, trajectories = ASSETS / "teacher", config.out / "trajectories"
     o = _optimisation(config, seed, row.gan)
     if not (out / "student").exists():
         if row.gan:
-            start = _folder(config, dataclasses.replace(row, gan=False), seed)
+            start = _folder(config, row.start, seed)
             finetune(
                 FinetuneConfig(
                     teacher, start, trajectories, "fashion-mnist", out, gan_warmup=config.gan_warmup,
@@ -214,51 +247,58 @@ def _teacher_metrics(config: TableConfig, folder: str) -> dict[str, Any]:
     return found
 
 
-def _seconds(config: TableConfig, students: dict[str, Path]) -> dict[str, float]:
-    """ms a sample of every student and of the 25-step teacher, in turn, batch 50."""
+def _milliseconds(students: dict[str, ARDTransformer]) -> dict[str, float]:
+    """A sample, of every student and of the 25-step teacher, in turn, batch 50."""
     teacher, diffusion = load_teacher(ASSETS / "teacher")
-    store = TrajectoryStore(config.out / "held-out")
-    states, labels = store.states(torch.arange(min(50, len(store))), store.grid(1), "x0")
-    noise, times = states[:, 0], diffusion.solver_times(25)
-    denoise = guided(teacher, teacher.num_classes, 1.5)
-    candidates: dict[str, Any] = {"teacher": lambda: [*diffusion.ddim(denoise, noise, labels, times)]}
-    for name, folder in students.items():
-        student, _ = load_student(folder)
-        candidates[name] = lambda student=student: sample(student, noise, labels)
+    labels = torch.arange(50) % teacher.num_classes
+    shape = (teacher.config["channels"], *teacher.config["input_size"])
+    noise = torch.randn(50, *shape, generator=torch.Generator().manual_seed(0))
+    times, denoise = diffusion.solver_times(25), guided(teacher, teacher.num_classes, 1.5)
+    candidates: dict[str, Any] = {"held-out": lambda: [*diffusion.ddim(denoise, noise, labels, times)]}
+    for key, student in students.items():
+        candidates[key] = lambda student=student: sample(student, noise, labels)
     with torch.no_grad():
-        return {name: 1000 * s / len(noise) for name, s in medians(candidates, 3).items()}
+        return {key: 1000 * s / len(noise) for key, s in medians(candidates, 3).items()}
 
 
 def _collect(config: TableConfig) -> dict[str, Any]:
     """What is finished, as the table's rows."""
-    macs = dit_macs(load_teacher(ASSETS / "teacher")[0].config).total
+    known, teacher = _known(config), load_teacher(ASSETS / "teacher")[0]
+    macs = dit_macs(teacher.config).total
     folders = {"teacher, 250 steps": "held-out-250", "teacher, 25 steps": "held-out"}
     rows = []
     for name, (steps, published) in _TEACHERS.items():
-        if not _recorded(config.out / folders[name]):
+        key = folders[name]
+        if _recorded(config.out / key):
+            seeds = [{**_teacher_metrics(config, key), "errors": []}]
+        elif key in known:
+            seeds = known[key]["seeds"]
+        else:
             continue
-        own = {**_teacher_metrics(config, folders[name]), "errors": []}
-        rows.append({"name": name, "key": folders[name], "steps": steps, "seeds": [own], "curves": [],
+        rows.append({"name": name, "key": key, "steps": steps, "seeds": seeds, "curves": {},
                      "mmac": 2 * steps * macs / 1e6, "published": published})  # fmt: skip
-    first: dict[str, Path] = {}
+    students: dict[str, ARDTransformer] = {}
     for row in ROWS:
-        curves = []
-        for seed in range(config.seeds if row.claim else 1):
+        curves = dict(known[row.key]["curves"]) if row.key in known else {}
+        for seed in _seeds(config, row):
+            folder = _folder(config, row.key, seed)
             points = [
                 {"step": int(path.parent.name.removeprefix("step-")), **read_json(path)}
-                for path in sorted(_folder(config, row, seed).glob("evaluations/step-*/evaluation.json"))
+                for path in sorted(folder.glob("evaluations/step-*/evaluation.json"))
             ]
-            if points and (_folder(config, row, seed) / "student").exists():
-                curves.append([{"step": p["step"], **p["student"], "errors": p["errors"]} for p in points])
+            if points and (folder / "student").exists():
+                curves[str(seed)] = [
+                    {"step": p["step"], **p["student"], "errors": p["errors"]} for p in points
+                ]
         if curves:
-            first[row.key] = _folder(config, row, 0) / "student"
-            student, _ = load_student(first[row.key])
+            students[row.key] = ARDTransformer.from_teacher(teacher, row.steps, row.history_layers, row.mask)
+            curves = dict(sorted(curves.items()))
             rows.append({"name": row.name, "key": row.key, "steps": row.steps, "curves": curves,
-                         "seeds": [points[-1] for points in curves], "published": row.published,
-                         "mmac": student_macs(student.config).total / 1e6})  # fmt: skip
-    milliseconds = _seconds(config, first)
+                         "seeds": [points[-1] for points in curves.values()], "published": row.published,
+                         "mmac": student_macs(students[row.key].config).total / 1e6})  # fmt: skip
+    milliseconds = _milliseconds(students)
     for row_ in rows:
-        row_["ms"] = milliseconds.get("teacher" if row_["steps"] == 25 else row_["key"])
+        row_["ms"] = milliseconds.get(row_["key"])
     return {"rows": rows, "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
             "environment": environment()}  # fmt: skip
 
@@ -304,11 +344,11 @@ def _pictures(config: TableConfig, result: dict[str, Any]) -> None:
         gan, values = "GAN" in row["name"], [s["frechet"] - base for s in row["seeds"]]
         left.barh(i, statistics.mean(values), color="tab:red" if gan else "tab:blue")
         left.plot(values, [i] * len(values), "k.", markersize=4)
-        for seed, points in enumerate(row["curves"]):
+        for number, points in enumerate(row["curves"].values()):
             before = config.iterations if gan else 0
             right.plot(
                 [before + p["step"] for p in points], [p["frechet"] for p in points], marker=".",
-                color=f"C{i % 10}", linestyle="--" if gan else "-", label=None if seed else names[i],
+                color=f"C{i % 10}", linestyle="--" if gan else "-", label=None if number else names[i],
             )  # fmt: skip
     right.axhline(base, color="k", linewidth=0.8, label="teacher, 25 steps")
     left.set_yticks(range(len(rows)), names)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ard_kernels import BlockLayout, gated_residual_adaln, use_backend
 from benchmarks.suite.record import Recorder, backends, compiled
-from benchmarks.suite.timing import Prepare, measure, sets_beyond_cache
+from benchmarks.suite.timing import Prepare, cache_bytes, measure, sets_beyond_cache
 
 Norm = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """x, h (B, T, D), gate, shift, scale (B, K, D) -> the residual and its modulated norm."""
@@ -124,14 +124,10 @@ def compare(rec: Recorder, shape: Shape) -> None:
         times = {name: asdict(time) for name, time in measure(ready[phase], rec.device).items()}
         for time in times.values():
             time["gbs"] = passes * big / time["ms"] / 1e6
-            # What a small call writes stays in the cache, which is no measure of memory.
-            large = rec.device == "cpu" or passes * big > 2 * _cache()
+            # About half of the bytes are writes. Those that fit into the cache may never reach memory.
+            large = passes * big > 2 * cache_bytes(rec.device)
             time["percent"] = rec.settings.percent("copy", time["gbs"]) if large else None
         _row(rec, str(shape), phase, times)
-
-
-def _cache() -> int:
-    return int(torch.cuda.get_device_properties().L2_cache_size)
 
 
 def _checked(prepare: Prepare, exact: Any) -> Prepare:

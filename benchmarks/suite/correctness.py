@@ -404,18 +404,8 @@ def sanitizer(rec: Recorder) -> None:
     if tool is None or rec.device != "cuda":
         rec.error("compute-sanitizer", "not here")
         return
-    command = [
-        tool,
-        "--tool",
-        "memcheck",
-        "--report-api-errors",
-        "no",
-        sys.executable,
-        "-m",
-        "benchmarks.gpu_suite",
-        "--once",
-        "small",
-    ]
+    program = [sys.executable, "-m", "benchmarks.gpu_suite", "--once", "small"]
+    command = [tool, "--tool", "memcheck", "--report-api-errors", "no", *program]
     # One allocation per tensor, or a read past its end would fall into its neighbour.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True,

@@ -107,7 +107,9 @@ def _cpu_round(prepare: Prepare, calls: int, launch_seconds: float) -> tuple[flo
 
 def sets_beyond_cache(device: str, bytes_each: int) -> int:
     """How many sets of inputs, 2 to 32, to rotate among so that none is in the cache when its turn comes."""
-    if device == "cpu":
-        return 2
-    cache = torch.cuda.get_device_properties().L2_cache_size
-    return max(2, min(32, -(-5 * cache // (2 * bytes_each))))
+    return max(2, min(32, -(-5 * cache_bytes(device) // (2 * bytes_each))))
+
+
+def cache_bytes(device: str) -> int:
+    """Of the GPU's L2; 0 on the CPU, whose share of a cache is not ours to know."""
+    return 0 if device == "cpu" else torch.cuda.get_device_properties().L2_cache_size

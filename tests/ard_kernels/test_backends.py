@@ -148,6 +148,28 @@ def test_forward_mode_differentiation_is_refused_and_not_zero(operator: str, bac
         assert tangent == x.sum() * ours(x).sum()
 
 
+class _Stop(torch.autograd.Function):
+    """The identity, whose backward returns no gradient at all instead of zeros."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(*_: Any) -> None:
+        return None
+
+
+@pytest.mark.parametrize("operator", sorted(_ONE_ARGUMENT.keys() - {"cached_block_attention"}))
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_where_no_gradient_arrives_none_is_made(operator: str, backend: str) -> None:
+    x = torch.linspace(-1, 1, _X.numel()).view_as(_X).requires_grad_()
+    with use_backend(backend):
+        out = _Stop.apply(_ONE_ARGUMENT[operator](ard_kernels)(x))
+        (out.sum() + x.sum()).backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(x.grad, torch.ones_like(x), rtol=0, atol=0)
+
+
 def test_forward_mode_of_pytorchs_gelu_is_pytorchs() -> None:
     x = torch.linspace(-1, 1, 9)
     with use_backend("eager"):
