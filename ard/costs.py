@@ -114,7 +114,7 @@ def count_sampling(student: ARDTransformer, batch: int = 1) -> int:
     x, labels = _inputs(student, batch)
 
     def sample() -> None:
-        tables, cache = student.modulation(labels), student.cache(batch, x.dtype, x.device)
+        tables, cache = student.modulation(labels), student.cache(batch, x.device)
         state = x
         for s in range(student.steps):
             state = student.step(state, s, tables, cache)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ard.checkpoints import load_student, replacing, write_json
 from ard.data import Stream, check_counts, check_seed, index_noise
 from ard.models import ARDTransformer
+from ard.precision import Precision, computing
 from ard.runs import plain, versions
 from ard.shards import worker_device
 from ard.trajectories import TrajectoryStore
@@ -46,6 +47,9 @@ class DiagnoseConfig:
     """How many of the trajectories; default: all."""
     batch_size: int = 100
     """Samples per pass."""
+    precision: Precision = "no"
+    """In which the student computes: float32, float32 with TF32 products on a GPU, or bf16 autocast. On a GPU
+    attention in float32 without TF32 has no kernel and is slow."""
     sizes: tuple[float, ...] = (0.05, 0.1, 0.2)
     """Root mean squares of the Gaussian perturbations, in the units of the states."""
     seed: int = 0
@@ -68,8 +72,7 @@ def perturbed_rollout(
         with the state before them perturbed, and that one alone. Earlier states in the history are the
         path's, and so is everything later: a perturbation is seen by one prediction.
     """
-    tables = student.modulation(labels)
-    cache = student.cache(len(noise), student.pos_embed.dtype, noise.device)
+    tables, cache = student.modulation(labels), student.cache(len(noise), noise.device)
     path = noise.new_empty(len(noise), student.steps, *noise.shape[1:])
     perturbed = torch.empty_like(perturbations)
     state = noise
@@ -197,7 +200,8 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
                 shape = (student.steps - 1, *states.shape[2:])
                 directions = index_noise(indices, shape, config.seed, Stream.DIAGNOSE)
                 inputs = (x.to(device) for x in (states, labels, directions))
-                measured = _measure(student, config.sizes, *inputs)
+                with computing(config.precision, device):
+                    measured = _measure(student, config.sizes, *inputs)
                 for key, value in measured.items():
                     parts[key].append(value.cpu())
                 bar.update(len(indices))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ard.checkpoints import read_json, sha256
 from ard.data import ImageFolder, LatentStore, Stream, check_counts, check_seed, index_noise
+from ard.precision import Precision, computing
 from ard.shards import Shards, worker, worker_device
 
 _VAE_CONFIG, _VAE_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -41,8 +42,8 @@ class EncodeConfig:
     """Images per file."""
     batch_size: int = 16
     """Images per pass of the VAE, in which each is twice."""
-    precision: Literal["no", "bf16"] = "no"
-    """Autocast dtype of the VAE ("no": float32)."""
+    precision: Precision = "no"
+    """In which the VAE computes: float32, float32 with TF32 products on a GPU, or bf16 autocast."""
     seed: int = 0
     """Seed of the noise by which latents are sampled; that of an image depends on (seed, its index) alone."""
 
@@ -77,12 +78,11 @@ def encode(config: EncodeConfig) -> None:
     shards = Shards.begin(config.out, "encode", manifest)
     device = worker_device()
     vae.to(device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
     def latents(indices: Tensor) -> dict[str, Tensor]:
         pixels, labels = images.fetch(indices, torch.zeros(len(indices), dtype=torch.bool))
         both = torch.stack([pixels, pixels.flip(-1)], 1).to(device)  # (n, 2, channels, size, size)
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), computing(config.precision, device):
             posterior = vae.encode(both.flatten(0, 1)).latent_dist
         noise = index_noise(indices, (2, *shape), config.seed, Stream.ENCODE).to(device)
         z = posterior.mean.float() + posterior.std.float() * noise.flatten(0, 1)

@@ -30,6 +30,7 @@ from ard.checkpoints import (
 from ard.data import DEBIAN_FOLDER, Dataset, check_counts, load_images, to_uint8
 from ard.models.classifier import Classifier
 from ard.pictures import image_grid, save_png
+from ard.precision import Precision, computing
 from ard.runs import Run, plain, versions
 from ard.sampling import sample
 from ard.shards import worker_device
@@ -203,6 +204,9 @@ class EvaluateConfig:
     """How many of the trajectories; default: all."""
     batch_size: int = 100
     """Samples per pass."""
+    precision: Precision = "no"
+    """In which the student computes: float32, float32 with TF32 products on a GPU, or bf16 autocast. On a GPU
+    attention in float32 without TF32 has no kernel and is slow."""
     classifier: Path = ASSETS / "classifier"
     """Folder of the classifier whose features are used."""
     inception: Path | None = None
@@ -243,7 +247,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for indices in tqdm(torch.arange(count).split(config.batch_size), desc="sample", mininterval=1.0):
         states, labels = store.states(indices, grid, state)
         began = time.perf_counter()
-        path = sample(student, states[:, 0].to(device), labels.to(device)).cpu()
+        with computing(config.precision, device):
+            path = sample(student, states[:, 0].to(device), labels.to(device)).cpu()
         seconds += time.perf_counter() - began
         errors += (path - states[:, 1:]).square().mean((2, 3, 4)).double().sum(0)
         made.append(to_uint8(path[:, -1]))

@@ -227,7 +227,7 @@ def finetune(config: FinetuneConfig) -> None:
 
     weights = fit(
         run, accelerator, players, o, fetch, loss_of,
-        student_preview(store, grid, state, accelerator.device),
+        student_preview(store, grid, state, accelerator),
         parts={
             "student": (student, 1.0),
             "discriminator": (players.discriminator, config.discriminator_lr / o.lr),
@@ -242,7 +242,7 @@ def finetune(config: FinetuneConfig) -> None:
 def _check(config: FinetuneConfig) -> None:
     o = config.optimisation
     if o.precision == "fp16":
-        raise ValueError("precision is 'fp16', accepted by the GAN stage are 'bf16' and 'no'")
+        raise ValueError("precision is 'fp16', accepted by the GAN stage are 'bf16', 'tf32' and 'no'")
     for name in ("gan_weight", "discriminator_lr"):
         if not 0 < getattr(config, name) < float("inf"):
             raise ValueError(f"{name} is {getattr(config, name)}, accepted is a finite number > 0")

@@ -22,6 +22,7 @@ from ard.data import check_counts, check_seed, index_noise, to_uint8
 from ard.encoding import decode, load_vae
 from ard.models import ARDTransformer
 from ard.pictures import image_grid, save_png
+from ard.precision import Precision, computing
 from ard.shards import worker_device
 from ard_kernels.backends import forced
 
@@ -73,11 +74,7 @@ def sample(student: ARDTransformer, noise: Tensor, labels: Tensor, cuda_graph: b
 
 
 def _sample(student: ARDTransformer, noise: Tensor, labels: Tensor) -> Tensor:
-    device = noise.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else student.pos_embed.dtype
-    cache = student.cache(len(noise), dtype, noise.device)
-    tables = student.modulation(labels)
+    tables, cache = student.modulation(labels), student.cache(len(noise), noise.device)
     path = noise.new_empty(len(noise), student.steps, *noise.shape[1:])
     state = noise
     for step in range(student.steps):
@@ -229,6 +226,9 @@ class SampleConfig:
     """Samples per pass."""
     seed: int = 0
     """Seed of the noise; sample i's noise is a function of (seed, i)."""
+    precision: Precision = "no"
+    """In which the student computes: float32, float32 with TF32 products on a GPU, or bf16 autocast. On a GPU
+    attention in float32 without TF32 has no kernel and is slow."""
     latents: bool = False
     """Write the result's float32 values (n, C, h, w) instead of uint8 images."""
     vae: Path | None = None
@@ -253,7 +253,8 @@ def run(config: SampleConfig) -> None:
     for some in tqdm(indices.split(config.batch_size), desc="sample", mininterval=1.0):
         noise = index_noise(some, (student.channels, *student.input_size), config.seed)
         labels = classes[some % len(classes)]
-        result = sample(student, noise.to(device), labels.to(device))[:, -1]
+        with computing(config.precision, device):
+            result = sample(student, noise.to(device), labels.to(device))[:, -1]
         result = (result if vae is None else decode(vae, result)).cpu()
         if some[0] < _SHOWN:
             pictures.append(result)

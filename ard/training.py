@@ -36,6 +36,7 @@ from ard.diffusion import Diffusion, Prediction, Schedule, Solver, guided
 from ard.losses import denoising_loss, trajectory_loss
 from ard.models import ARDTransformer, DiT
 from ard.pictures import image_grid, save_png
+from ard.precision import tf32
 from ard.runs import Run, newest_checkpoint
 from ard.sampling import sample
 from ard.trajectories import LiveTrajectories, SolverConfig, State, Trajectories, TrajectoryStore
@@ -68,8 +69,9 @@ class Optimisation:
     ema: float = 0.9999
     """Decay of the moving average of the weights, which is what gets saved at the end. Early on it is lower,
     (1 + step) / (10 + step), so that the average forgets where it started; not in the GAN stage."""
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
-    """Autocast dtype of the forward pass ("no": float32)."""
+    precision: Literal["no", "tf32", "bf16", "fp16"] = "bf16"
+    """Float32 ("no"), float32 with TF32 products on a GPU (the paper's), or the autocast dtype of the forward
+    pass."""
     checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
     compile: bool = False
@@ -200,7 +202,7 @@ def fit(
     model.train()
     run.open_log(start)
     bar = tqdm(total=o.iterations, initial=start, desc=run.folder.name, disable=not run.main, mininterval=1.0)
-    with bar, contextlib.closing(run):
+    with bar, contextlib.closing(run), tf32(o.precision == "tf32"):
         for step in range(start, o.iterations):
             for group, (_, factor) in zip(optimiser.param_groups, parts.values(), strict=True):
                 group["lr"] = factor * learning_rate(o, step)
@@ -298,7 +300,7 @@ def accelerator_for(o: Optimisation, unused: bool = False) -> Accelerator:
         raise ValueError(f"ema is {o.ema}, accepted is a decay in [0, 1)")
     check_seed(o.seed, "optimisation")
     accelerator = Accelerator(
-        mixed_precision=o.precision,
+        mixed_precision="no" if o.precision == "tf32" else o.precision,
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
@@ -390,7 +392,7 @@ def train_teacher(config: TrainTeacherConfig) -> None:
     def preview(model: nn.Module) -> Tensor:
         labels = torch.arange(40, device=accelerator.device) % 10
         noise = index_noise(torch.arange(40), (1, 28, 28), o.seed).to(accelerator.device)
-        denoise = guided(model, 10, config.guidance)
+        denoise = accelerator.autocast()(guided(model, 10, config.guidance))
         *_, last = diffusion.ddim(denoise, noise, labels, diffusion.solver_times(25))
         return image_grid(last.x, columns=10)
 
@@ -416,7 +418,7 @@ class DistillConfig:
     """Folder that `ard record` wrote; without one the teacher makes trajectories while the student trains, no
     two alike."""
     solver: Solver = "ddim"
-    """Of trajectories made while training, by the teacher in bf16 where --precision is: the solver."""
+    """Of trajectories made while training, by the teacher in --precision (fp16: float32): the solver."""
     solver_steps: int = 25
     """Likewise, its steps."""
     guidance: float = 1.5
@@ -461,7 +463,7 @@ def _trajectories(config: DistillConfig) -> Trajectories:
     live = SolverConfig(
         solver=config.solver, solver_steps=config.solver_steps, guidance=config.guidance,
         guided_channels=config.guided_channels, dtype="float32",
-        precision="bf16" if o.precision == "bf16" else "no", seed=o.seed,
+        precision="no" if o.precision == "fp16" else o.precision, seed=o.seed,
     )  # fmt: skip
     return LiveTrajectories(config.teacher, live)
 
@@ -501,7 +503,7 @@ def distill(config: DistillConfig) -> None:
         loss, terms = trajectory_loss(model(inputs, labels), states)
         return loss, {"terms": terms}
 
-    preview = student_preview(store, grid, config.state, accelerator.device)
+    preview = student_preview(store, grid, config.state, accelerator)
     weights = fit(run, accelerator, student, o, fetch, loss_of, preview)
     if accelerator.is_main_process:
         save_student(config.out / "student", student, store.summary(grid, config.state), weights)
@@ -509,14 +511,16 @@ def distill(config: DistillConfig) -> None:
 
 
 def student_preview(
-    store: Trajectories, grid: tuple[int, ...], state: State, device: torch.device
+    store: Trajectories, grid: tuple[int, ...], state: State, accelerator: Accelerator
 ) -> Callable[[nn.Module], Tensor]:
     """A student's picture for `fit`: its results above the teacher's, from the same noise."""
 
     def preview(student: nn.Module) -> Tensor:
         assert isinstance(student, ARDTransformer)
         path, labels = store.states(torch.arange(min(10, len(store))), grid, state)
-        made = sample(student, path[:, 0].to(device), labels.to(device), cuda_graph=False)
+        noise, labels = path[:, 0].to(accelerator.device), labels.to(accelerator.device)
+        with accelerator.autocast():
+            made = sample(student, noise, labels, cuda_graph=False)
         rows = torch.stack([made[:, -1].cpu(), path[:, -1]]).flatten(0, 1)
         return image_grid(rows, columns=len(labels))
 

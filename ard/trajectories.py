@@ -25,6 +25,7 @@ from torch import Tensor
 from ard.checkpoints import WEIGHTS, load_teacher, sha256
 from ard.data import check_counts, check_seed, index_noise
 from ard.diffusion import Solver, check_solver, guided
+from ard.precision import Precision, computing
 from ard.shards import Shards, worker, worker_device
 
 State = Literal["x0", "xt"]
@@ -53,8 +54,9 @@ class SolverConfig:
     """How tensors are stored."""
     batch_size: int = 100
     """Samples per pass of the solver."""
-    precision: Literal["no", "bf16"] = "no"
-    """Autocast dtype of the teacher ("no": float32); the solver itself is float32."""
+    precision: Precision = "no"
+    """In which the teacher computes: float32, float32 with TF32 products on a GPU, or bf16 autocast; the
+    solver itself is float32."""
     seed: int = 0
     """Seed of the noise."""
 
@@ -112,9 +114,7 @@ class _Maker:
         self.shape = (model.channels, *model.input_size)
         self.device = worker_device()
         guide = guided(model.to(self.device), model.num_classes, config.guidance, config.guided_channels)
-        self.denoise = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=config.precision == "bf16"
-        )(guide)  # fmt: skip
+        self.denoise = computing(config.precision, self.device)(guide)
 
     def manifest(self, kept: Sequence[int], **extent: int | None) -> dict[str, Any]:
         """What makes the trajectories what they are; `extent`: how many there are, and in which shards."""

@@ -183,8 +183,10 @@ class ARDTransformer(nn.Module, Pretrained):
             self.blocks, self.embed(states), self.modulation(labels), history, self.checkpointing
         )[0]
 
-    def cache(self, batch: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-        """An empty cache for `step`, of the dtype that keys and values have (under autocast: its dtype)."""
+    def cache(self, batch: int, device: torch.device) -> KVCache:
+        """An empty cache for `step`, of the dtype that keys and values have: autocast's, or the weights'."""
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.pos_embed.dtype
         return KVCache(
             self.layout,
             self.history_layers,

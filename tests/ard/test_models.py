@@ -199,7 +199,7 @@ def test_a_fresh_teacher_predicts_zero() -> None:
 
 def _sample_with(student: ARDTransformer, states: Tensor, labels: Tensor) -> Tensor:
     """Cached sampling that is fed the given states instead of its own predictions."""
-    tables, cache = student.modulation(labels), student.cache(len(labels), states.dtype, states.device)
+    tables, cache = student.modulation(labels), student.cache(len(labels), states.device)
     if cache.keys.numel():  # what no step has written must not be read
         cache.keys.fill_(float("nan"))
         cache.values.fill_(float("nan"))

@@ -1,0 +1,32 @@
+"""In which precision networks compute: `--precision` of every command that runs one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+Precision = Literal["no", "tf32", "bf16"]
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Inside, GPUs may round the operands of float32 matrix products to TF32 (10 bits of mantissa). Where it
+    is not allowed here, what the process has set stays."""
+    before = torch.get_float32_matmul_precision()
+    if allowed:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def computing(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Inside, networks on the device compute in float32 ("no"), in float32 with `tf32`, or under bfloat16
+    autocast."""
+    with tf32(precision == "tf32"), torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
+        yield
