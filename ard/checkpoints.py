@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -28,19 +29,29 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the block ends, or vanishes when it fails."""
+    """A temporary path beside `path` that becomes `path` when the block ends, or vanishes when it fails.
+
+    A folder takes the place of one that is there, with all that is in it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Process ids repeat on machines that share a disk.
+    temporary, old = (path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp") for _ in range(2))
     try:
         yield temporary
         if temporary.is_dir() and path.is_dir():
-            shutil.rmtree(path)
+            os.replace(path, old)  # and not removed before the new one is there
         os.replace(temporary, path)
+        remove(old)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """A file or a folder with all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -80,7 +80,23 @@ class ConvertConfig:
     weights of the public DiT were trained with other frequencies: if a folder holds those, say "dit"."""
 
 
+# What the folders hold that this command writes.
+_WRITTEN = {CONFIG, WEIGHTS, _DIFFUSERS_WEIGHTS[0], "model_index.json", "student"}
+
+
+def _check_out(out: Path, weights: Path) -> None:
+    """What is in the way is replaced, so it must be something that this command has written."""
+    if out.resolve() in (weights.resolve(), *weights.resolve().parents):
+        raise ValueError(f"convert: out is {out}, where the weights are; accepted is another place")
+    if out.is_dir() and (others := sorted({path.name for path in out.iterdir()} - _WRITTEN)):
+        raise ValueError(
+            f"convert: out is {out}, which holds {', '.join(others[:4])}; accepted is a folder that is not "
+            "there yet, or one of an earlier conversion"
+        )
+
+
 def convert(config: ConvertConfig) -> None:
+    _check_out(config.out, config.weights)
     model = _read_folder(config) if config.weights.is_dir() else _read_file(config)
     if config.to == "released":
         write_checkpoint(config.out, released_checkpoint(model))

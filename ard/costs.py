@@ -7,8 +7,6 @@ of arXiv 2504.11295 is 10^9 multiply-accumulates.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ard.checkpoints import write_json
 from ard.models import PRESETS, ARDTransformer, DiT
 from ard.models.dit import _TIME_FREQUENCIES
 from ard_kernels import BlockLayout
@@ -264,11 +263,4 @@ def run(config: FlopsConfig) -> None:
             **asdict(config), "out": None, "macs": {**asdict(macs), "total": macs.total}, "counted": counted,
             "overhead_percent": overhead,
         }  # fmt: skip
-        _write(config.out, {"model": model, "published_table": [asdict(row) for row in rows]})
-
-
-def _write(path: Path, payload: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(payload, indent=2) + "\n")
-    os.replace(temporary, path)
+        write_json(config.out, {"model": model, "published_table": [asdict(row) for row in rows]})

@@ -369,6 +369,7 @@ class Stream(enum.IntEnum):
     REAL = 5
     ENCODE = 100
     DIAGNOSE = 200
+    SAMPLE = 300
 
 
 def index_noise(indices: Tensor, shape: tuple[int, ...], seed: int, stream: int = 0) -> Tensor:

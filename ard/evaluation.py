@@ -346,9 +346,7 @@ def train_classifier(config: TrainClassifierConfig) -> None:
         pixels, labels = batch
         return F.cross_entropy(model(pixels).float(), labels), {}
 
-    weights = fit(
-        run, accelerator, model, o, image_batches(images, o.seed), loss_of, lambda _: torch.empty(0)
-    )
+    weights = fit(run, accelerator, model, o, image_batches(images, o.seed), loss_of, None)
     model.load_state_dict(weights)
     model.eval()
     with torch.no_grad():

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ard.checkpoints import load_student, load_teacher, save_student
+from ard.checkpoints import WEIGHTS, load_student, load_teacher, save_student, sha256
 from ard.data import DEBIAN_FOLDER, Stream, index_noise, index_uniform, open_images, shuffled
 from ard.diffusion import Diffusion
 from ard.losses import adaptive_weight, adversarial_loss, discriminator_loss, trajectory_loss
 from ard.models import ARDTransformer, DiT
 from ard.models.discriminator import Discriminator
-from ard.runs import Run, newest_checkpoint
+from ard.runs import Run, checkpoints
 from ard.sampling import sample
 from ard.training import Batch, Optimisation, accelerator_for, fit, student_preview
 from ard.trajectories import TrajectoryStore
@@ -188,8 +188,7 @@ def finetune(config: FinetuneConfig) -> None:
         raise ValueError(
             f"gradient_steps is {config.gradient_steps}, accepted are 1..{student.steps}, the student's steps"
         )
-    initial = newest_checkpoint(config.regression)
-    if initial is None:
+    if not checkpoints(config.out) and not checkpoints(config.regression):
         raise FileNotFoundError(
             f"{config.regression}: no checkpoint there; accepted is a run of `ard distill`"
         )
@@ -205,7 +204,11 @@ def finetune(config: FinetuneConfig) -> None:
     teacher.to(accelerator.device)
     torch.manual_seed(o.seed)
     players = Players(student, teacher, diffusion, config, lambda x: accelerator.reduce(x, "mean"))
-    run = Run(config.out, "finetune", config, accelerator.is_main_process)
+    inputs = {
+        "teacher": store.manifest["teacher"], "trajectories": store.identity(),
+        "regression": sha256(config.regression / "student" / WEIGHTS),
+    }  # fmt: skip
+    run = Run(config.out, "finetune", config, accelerator.is_main_process, inputs)
     shape = (student.channels, *student.input_size)
 
     def fetch(positions: range) -> Batch:
@@ -232,7 +235,7 @@ def finetune(config: FinetuneConfig) -> None:
             "student": (student, 1.0),
             "discriminator": (players.discriminator, config.discriminator_lr / o.lr),
         },
-        initial=initial[1],
+        initial=config.regression,
     )  # fmt: skip
     if accelerator.is_main_process:
         save_student(config.out / "student", student, {**trained, "finetuned": True}, weights)

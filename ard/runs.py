@@ -6,7 +6,6 @@ import dataclasses
 import json
 import platform
 import re
-import shutil
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ard.checkpoints import read_json, read_tensors, replacing, sha256, write_json, write_tensors
+from ard.checkpoints import read_json, read_tensors, remove, replacing, sha256, write_json, write_tensors
 
 
 def versions() -> dict[str, str]:
@@ -46,7 +45,8 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of a run's checkpoints, the newest last."""
     found = (re.fullmatch(r"step-(\d{8})", path.name) for path in (folder / "checkpoints").glob("step-*"))
     return sorted((int(m[1]), folder / "checkpoints" / m[0]) for m in found if m)
 
@@ -54,9 +54,9 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def newest_checkpoint(folder: Path) -> tuple[int, dict[str, dict[str, Tensor]]] | None:
     """Step and groups of tensors of a run's newest checkpoint; None if it has none. A damaged one is an
     error."""
-    if not (checkpoints := _checkpoints(folder)):
+    if not (found := checkpoints(folder)):
         return None
-    step, path = checkpoints[-1]
+    step, path = found[-1]
     state = read_json(path / "state.json")
     groups = {}
     for name, checksum in state["sha256"].items():
@@ -78,10 +78,15 @@ def _options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _may_change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a run may go on with another value: what it computes is the same, or the same and then more."""
+    """Whether a run may go on with another value: what it computes is the same but for rounding, or the same
+    and then more."""
     if name == "iterations" and old.get("lr_schedule") == "constant":
         return bool(old[name] < new[name])
-    return name in ("log_every", "checkpoint_every", "keep_checkpoints", "sample_every")
+    if name == "accumulate":
+        return "gan_weight" not in old  # of whose losses each is one of its own pass
+    return name in (
+        "out", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "checkpointing", "compile"
+    )  # fmt: skip
 
 
 class Run:
@@ -89,15 +94,25 @@ class Run:
 
     Args:
         folder: made if it is not there. One that holds a run with another configuration is an error, but for
-            how often it logs, saves and shows, and more iterations at a constant learning rate.
+            what makes no difference to the result (where things lie, how often it logs, saves and shows, how
+            a batch is divided), and more iterations at a constant learning rate.
         command: the command's name.
         config: its configuration dataclass.
         main: whether this process writes (rank 0).
+        inputs: sha256 of what lies at an option that is a path, by the option's name; it may be moved.
     """
 
-    def __init__(self, folder: Path, command: str, config: Any, main: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        command: str,
+        config: Any,
+        main: bool = True,
+        inputs: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder, self.main = folder, main
-        wanted = {"command": command, "config": plain(config)}
+        contents = {name: f"sha256:{value}" for name, value in (inputs or {}).items()}
+        wanted = {"command": command, "config": plain(config), "inputs": contents}
         path = folder / "run.json"
         if path.exists():
             found = read_json(path)
@@ -105,7 +120,7 @@ class Run:
                 raise ValueError(
                     f"{folder}: holds a run of `ard {found.get('command')}`, not of `ard {command}`"
                 )
-            old, new = _options(found.get("config", {})), _options(wanted["config"])
+            old, new = ({**_options(r.get("config", {})), **r.get("inputs", {})} for r in (found, wanted))
             changed = [n for n in sorted(set(new) | set(old)) if old.get(n) != new.get(n)]
             if refused := [n for n in changed if not _may_change(n, old, new)]:
                 listed = "; ".join(f"{n} was {old.get(n)!r}, is {new.get(n)!r}" for n in refused)
@@ -126,8 +141,8 @@ class Run:
                 write_tensors(temporary / f"{name}.safetensors", tensors)
             checksums = {name: sha256(temporary / f"{name}.safetensors") for name in groups}
             write_json(temporary / "state.json", {"step": step, "sha256": checksums})
-        for _, path in _checkpoints(self.folder)[:-keep]:
-            shutil.rmtree(path)
+        for _, path in checkpoints(self.folder)[:-keep]:
+            remove(path)
 
     def open_log(self, step: int) -> None:
         """Logs start after `step`: what a killed run logged beyond its last checkpoint, or left half
@@ -135,7 +150,7 @@ class Run:
         if not self.main:
             return
         for remains in self.folder.rglob(".*.tmp"):  # see `replacing`
-            shutil.rmtree(remains) if remains.is_dir() else remains.unlink(missing_ok=True)
+            remove(remains)
         path = self.folder / "log.jsonl"
         kept = [line for line in read_log(self.folder) if line["step"] <= step]
         with replacing(path) as temporary:

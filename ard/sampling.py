@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from tqdm import tqdm
 
 from ard.checkpoints import load_student, replacing, write_json
-from ard.data import check_counts, check_seed, index_noise, to_uint8
+from ard.data import Stream, check_counts, check_seed, index_noise, to_uint8
 from ard.encoding import decode, load_vae
 from ard.models import ARDTransformer
 from ard.pictures import image_grid, save_png
@@ -225,7 +225,8 @@ class SampleConfig:
     batch_size: int = 100
     """Samples per pass."""
     seed: int = 0
-    """Seed of the noise; sample i's noise is a function of (seed, i)."""
+    """Seed of the noise. That of sample i is a function of (seed, i), and not that of a trajectory of `ard
+    record`."""
     precision: Precision = "no"
     """In which the student computes: float32, float32 with TF32 products on a GPU, or bf16 autocast. On a GPU
     attention in float32 without TF32 has no kernel and is slow."""
@@ -251,7 +252,8 @@ def run(config: SampleConfig) -> None:
     pictures, made = [], None
     indices = torch.arange(config.samples)
     for some in tqdm(indices.split(config.batch_size), desc="sample", mininterval=1.0):
-        noise = index_noise(some, (student.channels, *student.input_size), config.seed)
+        # Not the trajectories' stream: a student would show what it makes of the noise it was trained on.
+        noise = index_noise(some, (student.channels, *student.input_size), config.seed, Stream.SAMPLE)
         labels = classes[some % len(classes)]
         with computing(config.precision, device):
             result = sample(student, noise.to(device), labels.to(device))[:, -1]

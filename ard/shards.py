@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ard.checkpoints import read_json, sha256, write_json, write_tensors, write_text
+from ard.checkpoints import read_json, remove, sha256, write_json, write_tensors, write_text
 
 MANIFEST = "manifest.json"
 _LABEL = "recording"
@@ -91,6 +91,8 @@ class Shards:
     def write(self, shard: int, tensors: Mapping[str, Tensor]) -> None:
         """Tensors whose rows are the samples of `range(shard)`."""
         path = self.path(shard)
+        for remains in self.folder.glob(f".{path.stem}.*.tmp"):  # of a killed process, see `replacing`
+            remove(remains)
         write_tensors(path, tensors, {_LABEL: self._label(shard)})
         write_text(path.with_suffix(".sha256"), sha256(path) + "\n")
 

@@ -37,13 +37,12 @@ from ard.losses import denoising_loss, trajectory_loss
 from ard.models import ARDTransformer, DiT
 from ard.pictures import image_grid, save_png
 from ard.precision import tf32
-from ard.runs import Run, newest_checkpoint
+from ard.runs import Run, checkpoints, newest_checkpoint
 from ard.sampling import sample
 from ard.trajectories import LiveTrajectories, SolverConfig, State, Trajectories, TrajectoryStore
 from ard_kernels.layout import Mask
 
 Batch = tuple[Tensor, ...]
-Groups = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,8 @@ class Optimisation:
     """torch.compile the model."""
     log_every: int = 50
     """Steps between lines of the log."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints."""
+    checkpoint_every: int = 5000
+    """Steps between checkpoints. Training waits while one is written."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
     sample_every: int = 1000
@@ -116,7 +115,7 @@ class _EMA:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         # In the order of the weights: `update` pairs them by position, and a file lists its tensors by name.
-        self.average = {name: tensors[name].to(p.device) for name, p in self.source.items()}
+        self.average = {name: tensors[name].to(p.device, copy=True) for name, p in self.source.items()}
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's state dict with the averages in place of the weights."""
@@ -135,8 +134,24 @@ def _load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tens
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
+        state.setdefault(int(index), {})[key] = value.clone()  # of the file's memory
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+
+
+def _restore(
+    folder: Path, model: nn.Module, ema: _EMA, optimiser: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+) -> int:  # fmt: skip
+    """The newest checkpoint of a run, into what is trained; its step. Nothing keeps the files open."""
+    found = newest_checkpoint(folder)
+    assert found is not None
+    step, groups = found
+    load_weights(model, groups["model"], folder)
+    ema.load(groups["ema"])
+    _load_optimiser(optimiser, groups["optimiser"])
+    if scaler is not None and "scaler" in groups:  # fp16
+        _load_scaler(scaler, groups["scaler"])
+    return step
 
 
 def _scaler_tensors(scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
@@ -155,9 +170,9 @@ def fit(
     o: Optimisation,
     fetch: Callable[[range], Batch],
     loss_of: Callable[[nn.Module, Batch, int], tuple[Tensor, dict[str, Tensor]]],
-    preview: Callable[[nn.Module], Tensor],
+    preview: Callable[[nn.Module], Tensor] | None,
     parts: Mapping[str, tuple[nn.Module, float]] | None = None,
-    initial: Groups | None = None,
+    initial: Path | None = None,
 ) -> dict[str, Tensor]:
     """Train to the end, from the newest checkpoint of the run if there is one.
 
@@ -166,11 +181,11 @@ def fit(
             processes and accumulation steps together are those of one large batch; whatever is random about a
             sample is a function of its position.
         loss_of: (model, batch on the device, step) -> scalar loss, and values to log, () or (n,).
-        preview: model with averaged weights -> a picture (h, w) uint8.
+        preview: model with averaged weights -> a picture (h, w) uint8; None where there is nothing to see.
         parts: parts of the model, each with a factor on the learning rate, and clipped on its own. The
             first is averaged, previewed and returned. A part without gradients stays as it is in that
             step. Default: all of the model.
-        initial: groups of tensors of an earlier run's checkpoint, which the first part starts from.
+        initial: folder of an earlier run, from whose newest checkpoint the first part starts.
 
     Returns:
         The state dict of the first part with averaged weights.
@@ -187,16 +202,10 @@ def fit(
     model.to(accelerator.device)
     ema = _EMA(averaged, o.ema, ramp=initial is None)
     start = 0
-    if (found := newest_checkpoint(run.folder)) is not None:
-        (start, groups), restored = found, model
-    else:
-        groups, restored = initial or {}, averaged
-    if groups:
-        load_weights(restored, groups["model"], run.folder)
-        ema.load(groups["ema"])
-        _load_optimiser(optimiser, groups["optimiser"])
-        if accelerator.scaler is not None and "scaler" in groups:  # fp16
-            _load_scaler(accelerator.scaler, groups["scaler"])
+    if checkpoints(run.folder):
+        start = _restore(run.folder, model, ema, optimiser, accelerator.scaler)
+    elif initial is not None:
+        _restore(initial, averaged, ema, optimiser, accelerator.scaler)
     bare = model
     model, optimiser = accelerator.prepare(model, optimiser)
     model.train()
@@ -239,7 +248,8 @@ def fit(
                 seen = {name: accelerator.reduce(value, "mean") for name, value in seen.items()}
                 if not math.isfinite(total := float(seen["loss"])):
                     raise ValueError(
-                        f"{run.folder}: the loss is {total} at step {done}; try a lower --lr or --clip"
+                        f"{run.folder}: the loss is {total} at step {done}; try a new run with a lower --lr "
+                        "or --clip"
                     )
             if logs:
                 bar.set_postfix(loss=f"{total:.4f}")
@@ -249,7 +259,8 @@ def fit(
                     **{"norm" if i == 0 else f"norm_{n}": float(v) for i, (n, v) in enumerate(named)},
                     "lr": learning_rate(o, step),
                 })  # fmt: skip
-            if run.main and o.sample_every and (done % o.sample_every == 0 or done == o.iterations):
+            shows = o.sample_every and (done % o.sample_every == 0 or done == o.iterations)
+            if preview is not None and run.main and shows:
                 picture = _with_weights(averaged, ema, preview)
                 save_png(run.folder / "samples" / f"step-{done:08d}.png", picture)
                 run.log_image(done, "samples", picture)
@@ -477,13 +488,17 @@ def distill(config: DistillConfig) -> None:
     teacher, _ = load_teacher(config.teacher)
     store.check_teacher(config.teacher)
     grid = store.grid(config.steps, config.grid)
+    if config.state == "xt" and store.manifest["solver_steps"] - 1 in grid:
+        raise ValueError(f"grid is {grid}, of which position {grid[1]} is the noise itself in xt states; "
+                         "accepted is a grid without it, or --state x0")  # fmt: skip
     student = ARDTransformer.from_teacher(
         teacher, config.steps, config.history_layers, config.mask, config.per_step_final
     )
     student.checkpointing = o.checkpointing
     if o.compile:
         student.compile()
-    run = Run(config.out, "distill", config, accelerator.is_main_process)
+    inputs = {"teacher": store.manifest["teacher"], "trajectories": store.identity()}
+    run = Run(config.out, "distill", config, accelerator.is_main_process, inputs)
 
     def fetch(positions: range) -> Batch:
         where = torch.arange(positions.start, positions.stop)
@@ -495,7 +510,7 @@ def distill(config: DistillConfig) -> None:
     def loss_of(model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         states, labels, chosen = batch
         inputs = states[:, :-1]
-        if chosen.any():
+        if config.rollout and chosen.any():  # the latter waits for the GPU
             with accelerator.autocast():
                 own = sample(student, states[chosen, 0], labels[chosen], cuda_graph=False)
             inputs = inputs.clone()

@@ -10,6 +10,8 @@ solver's i-th time.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import sys
 from abc import ABC, abstractmethod
@@ -216,6 +218,10 @@ class Trajectories(ABC):
                 f"{self.folder}: was not recorded as what {folder} was trained on ({'; '.join(changed)})"
             )
         return self.grid(len(grid) - 1, tuple(grid)), cast(State, state)
+
+    def identity(self) -> str:
+        """The same for the same trajectories, wherever they lie."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
     def grid(self, steps: int, asked: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """The S+1 solver positions of the student's states, from the noise down to 0.

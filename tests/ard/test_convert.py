@@ -435,6 +435,38 @@ def test_a_folder_of_nothing_is_refused(tmp_path: Path, student: Path, teacher: 
         convert(ConvertConfig(tmp_path / "x.pt", tmp_path / "out", teacher=student))
 
 
+def _tree(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("out", ["models", ".", "models/DiT.pt"])
+@pytest.mark.parametrize("to", ["ard", "diffusers", "released"])
+def test_what_is_not_a_conversion_is_not_replaced(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, out: str, to: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    convert(ConvertConfig(teacher, Path("models/DiT.pt"), to="released"))
+    (tmp_path / "models" / "thesis.txt").write_text("years of work")
+    before = _tree(tmp_path)
+    with pytest.raises(ValueError, match=f"^convert: out is {re.escape(out)}, where the weights are"):
+        convert(ConvertConfig(Path("models/DiT.pt"), Path(out), to, teacher=teacher))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "thesis.txt").write_text("years of work")
+    if to != "released":
+        with pytest.raises(ValueError, match="out is elsewhere, which holds thesis"):
+            convert(ConvertConfig(Path("models/DiT.pt"), Path("elsewhere"), to, teacher=teacher))
+    assert _tree(tmp_path) == {**before, tmp_path / "elsewhere" / "thesis.txt": b"years of work"}
+
+
+def test_an_earlier_conversion_is_replaced(tmp_path: Path, teacher: Path, student: Path) -> None:
+    for source in (teacher, student, teacher):
+        convert(ConvertConfig(source, tmp_path / "ours"))
+        assert _same_folder(tmp_path / "ours", source)
+        convert(ConvertConfig(source, tmp_path / "theirs", to="diffusers"))
+        assert (tmp_path / "theirs" / "model_index.json").exists() == (source == student)
+    assert not [*tmp_path.rglob("*.tmp")]
+
+
 def test_folders_of_ours_are_copied(tmp_path: Path, student: Path, teacher: Path) -> None:
     for folder in (student, teacher):
         convert(ConvertConfig(folder, tmp_path / "copy"))

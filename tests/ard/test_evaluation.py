@@ -180,7 +180,7 @@ def test_classifier_and_statistics_of_ones_own(
     """train-classifier, statistics and evaluate fit together on a data set in the format of Fashion-MNIST."""
     data, out = tmp_path / "data", tmp_path / "run"
     _write_fashion(data)
-    o = Optimisation(iterations=3, batch_size=10, ema=0.5, checkpoint_every=3, log_every=1, sample_every=0)
+    o = Optimisation(iterations=3, batch_size=10, ema=0.5, checkpoint_every=3, log_every=1, sample_every=1)
     train_classifier(TrainClassifierConfig(out, data=data, optimisation=o))
     reference = tmp_path / "statistics.safetensors"
     statistics(StatisticsConfig(reference, data=data, classifier=out / "classifier", keep=30))

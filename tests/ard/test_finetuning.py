@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -372,6 +373,21 @@ def test_options_that_cannot_work_leave_no_run(
     with pytest.raises((ValueError, OSError), match=message):
         finetune(replace(config, out=tmp_path / "run", **change))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_without_the_regressions_checkpoints(config: FinetuneConfig, tmp_path: Path) -> None:
+    """They are large, and it has its own."""
+    regression = shutil.copytree(config.regression, tmp_path / "regression")
+    own = replace(config, regression=regression, out=tmp_path / "run")
+    finetune(own)
+    whole = (own.out / "student" / "model.safetensors").read_bytes()
+    shutil.rmtree(regression / "checkpoints")
+    shutil.rmtree(own.out / "student")
+    shutil.rmtree(own.out / "checkpoints" / "step-00000006")
+    finetune(own)
+    assert (own.out / "student" / "model.safetensors").read_bytes() == whole
+    with pytest.raises(ValueError, match=r"accumulate was 1, is 2\)"):
+        finetune(replace(own, optimisation=replace(_SHORT, accumulate=2)))
 
 
 def test_a_regression_without_a_checkpoint_is_refused(config: FinetuneConfig, tmp_path: Path) -> None:

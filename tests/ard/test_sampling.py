@@ -19,9 +19,10 @@ from PIL import Image
 import ard
 from ard import sampling
 from ard.checkpoints import load_student
-from ard.data import index_noise, to_uint8
+from ard.data import Stream, index_noise, to_uint8
 from ard.models import ARDTransformer
 from ard.sampling import SampleConfig, run
+from ard.trajectories import TrajectoryStore
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_files_hold_the_samples(model: ARDTransformer, student: Path, tmp_path: 
     run(SampleConfig(student, tmp_path, samples=12, labels=(7, 2), batch_size=5, seed=3))
     images, labels = _npz(tmp_path)
     assert labels.tolist() == [7, 2] * 6
-    noise = index_noise(torch.arange(12), (1, 28, 28), 3)
+    noise = index_noise(torch.arange(12), (1, 28, 28), 3, Stream.SAMPLE)
     expected = ard.sample(model, noise, torch.from_numpy(labels))[:, -1]
     assert images.dtype == np.uint8
     assert images.shape == (12, 28, 28, 1)
@@ -107,6 +108,16 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(student: Path, tmp_path
     assert (tmp_path / "a" / "samples.npz").read_bytes() == (tmp_path / "b" / "samples.npz").read_bytes()
     assert np.allclose(first, _npz(tmp_path / "c")[0], rtol=1e-4, atol=1e-5)
     assert not np.allclose(first, _npz(tmp_path / "d")[0], atol=1e-1)
+
+
+def test_samples_are_not_made_of_the_noise_of_trajectories(
+    model: ARDTransformer, student: Path, store: TrajectoryStore, tmp_path: Path
+) -> None:
+    run(SampleConfig(student, tmp_path, samples=5, latents=True, seed=store.manifest["seed"]))
+    states, labels = store.states(torch.arange(5), store.grid(4), "x0")
+    trained, seen = ard.sample(model, states[:, 0], labels)[:, -1], _npz(tmp_path)
+    assert np.array_equal(seen[1], labels)
+    assert not np.isclose(seen[0], trained.numpy(), atol=1e-2).all((1, 2, 3)).any()
 
 
 def _inputs(batch: int, seed: int = 0, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:

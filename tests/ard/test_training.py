@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
+from ard import training
 from ard.checkpoints import load_student, load_teacher, read_tensors, write_tensors
 from ard.data import Stream, index_noise, index_uniform, shuffled
 from ard.diffusion import Schedule
@@ -243,6 +244,72 @@ def test_a_run_is_made_longer(recording: RecordConfig, tmp_path: Path) -> None:
         distill(_config(recording, tmp_path / "cosine", replace(cosine, iterations=7)))
 
 
+def _stopped(out: Path) -> Path:
+    """A run as it was after its third step."""
+    shutil.rmtree(out / "checkpoints" / "step-00000006")
+    shutil.rmtree(out / "student")
+    return out
+
+
+def test_a_run_goes_on_elsewhere(recording: RecordConfig, tmp_path: Path) -> None:
+    """With the run, the teacher and the trajectories on another disk; not on other trajectories."""
+    config = _config(recording, tmp_path / "here")
+    distill(config)
+    there = replace(
+        config, out=_stopped(shutil.copytree(config.out, tmp_path / "run")),
+        teacher=shutil.copytree(recording.teacher, tmp_path / "teacher"),
+        trajectories=shutil.copytree(recording.out, tmp_path / "trajectories"),
+    )  # fmt: skip
+    distill(there)
+    assert all(torch.equal(value, _weights(there.out)[name]) for name, value in _weights(config.out).items())
+    shutil.rmtree(tmp_path / "trajectories")
+    record(replace(recording, out=tmp_path / "trajectories", seed=1))
+    with pytest.raises(ValueError, match=r"trajectories was 'sha256:\w{64}', is 'sha256:\w{64}'\)"):
+        distill(there)
+
+
+def test_a_run_goes_on_in_smaller_parts(recording: RecordConfig, tmp_path: Path) -> None:
+    config = _config(recording, tmp_path / "whole")
+    distill(config)
+    out = _stopped(shutil.copytree(config.out, tmp_path / "parts"))
+    distill(replace(config, out=out, optimisation=replace(_SHORT, accumulate=2, checkpointing=True)))
+    for name, value in _weights(config.out).items():
+        torch.testing.assert_close(_weights(out)[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+def test_a_run_that_goes_on_lets_go_of_its_checkpoint(
+    recording: RecordConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is mapped keeps its disk space after it was removed, and on NFS its folder."""
+    config = _config(recording, tmp_path, replace(_SHORT, sample_every=1))
+    distill(config)
+    mapped, preview = [], training.image_grid
+
+    def spied(images: torch.Tensor, columns: int) -> torch.Tensor:
+        mapped.append("checkpoints/step-" in Path("/proc/self/maps").read_text())
+        return preview(images, columns=columns)
+
+    monkeypatch.setattr(training, "image_grid", spied)
+    _stopped(tmp_path)
+    distill(config)
+    assert mapped == [False] * 3
+
+
+def test_xt_states_that_are_the_noise_are_refused(recording: RecordConfig, tmp_path: Path) -> None:
+    """Of every step the first xt is the noise; the first x0 is not."""
+    store = replace(recording, out=tmp_path / "store", solver_steps=4, keep="all", samples=8)
+    record(store)
+    config = replace(_config(recording, tmp_path / "run", state="xt"), trajectories=store.out)
+    with pytest.raises(ValueError, match=r"grid is \(4, 3, 2, 1, 0\), .* position 3 is the noise itself"):
+        distill(config)
+    assert not config.out.exists()
+    states, _ = TrajectoryStore(store.out).states(torch.arange(8), (4, 3, 2, 1, 0), "xt")
+    assert torch.equal(states[:, 0], states[:, 1])
+    distill(replace(config, steps=3, grid=(4, 2, 1, 0)))
+    distill(replace(config, state="x0", out=tmp_path / "x0"))
+
+
 def test_clip_0_does_not_clip(recording: RecordConfig, tmp_path: Path) -> None:
     for clip in (0, 1e9, 1e-3):
         distill(_config(recording, tmp_path / str(clip), replace(_SHORT, iterations=2, clip=clip)))
@@ -325,7 +392,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(
         return (value * torch.nan if next(calls) >= 4 else value), terms
 
     monkeypatch.setattr(training, "trajectory_loss", bad_from_the_fifth)
-    with pytest.raises(ValueError, match=r"the loss is nan at step 6; try a lower --lr or --clip"):
+    with pytest.raises(ValueError, match=r"the loss is nan at step 6; try a new run with a lower --lr"):
         distill(_config(recording, tmp_path, replace(_SHORT, log_every=100, iterations=20)))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
@@ -472,9 +539,6 @@ def test_a_teacher_learns_and_goes_on(tmp_path: Path) -> None:
     shutil.copytree(config.out, tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "checkpoints" / "step-00000008")
     shutil.rmtree(tmp_path / "half" / "teacher")
-    run = json.loads((tmp_path / "half" / "run.json").read_text())
-    run["config"]["out"] = str(tmp_path / "half")
-    (tmp_path / "half" / "run.json").write_text(json.dumps(run))
     train_teacher(replace(config, out=tmp_path / "half"))
     for name in ("teacher/model.safetensors", "log.jsonl", "samples/step-00000008.png"):
         assert (tmp_path / "half" / name).read_bytes() == (config.out / name).read_bytes(), name
