@@ -45,6 +45,8 @@ _COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "statistics": (evaluation.StatisticsConfig, evaluation.statistics),
 }
 
+_CONTINUED = ("demo", "train-teacher", "record", "encode", "distill", "finetune", "train-classifier")
+
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
     """The configuration that a command line stands for."""
@@ -74,9 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"ard {name}: {message}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print(
-            f"\nard {name}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr
-        )
+        on = "; the same command goes on" if name in _CONTINUED else ""
+        print(f"\nard {name}: interrupted{on}", file=sys.stderr)
         raise SystemExit(130) from None
 
 

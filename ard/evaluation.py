@@ -21,9 +21,11 @@ from ard.checkpoints import (
     load_student,
     load_weights,
     read_json,
+    read_metadata,
     read_tensors,
     replacing,
     save_student,
+    sha256,
     write_json,
     write_tensors,
 )
@@ -31,7 +33,7 @@ from ard.data import DEBIAN_FOLDER, Dataset, check_counts, load_images, to_uint8
 from ard.models.classifier import Classifier
 from ard.pictures import image_grid, save_png
 from ard.precision import Precision, computing
-from ard.runs import Run, plain, versions
+from ard.runs import Run, checkpoints, plain, versions
 from ard.sampling import sample
 from ard.shards import worker_device
 from ard.training import Batch, Optimisation, accelerator_for, fit, image_batches
@@ -53,6 +55,15 @@ class Extractor:
     classes: Callable[[Tensor], Tensor] | None = None
     channels: tuple[int, ...] = (1, 3)
     """Of the images that it takes."""
+    size: tuple[int, int] | None = None
+    """Height and width of them; None: any."""
+    network: str = ""
+    """sha256 of its weights: distances between features of different networks say nothing."""
+
+
+def extractor_of(classifier: Path, inception: Path | None) -> Extractor:
+    """Of Inception weights where they are given, else of a classifier."""
+    return classifier_extractor(classifier) if inception is None else inception_extractor(inception)
 
 
 def load_classifier(folder: Path) -> Classifier:
@@ -74,6 +85,8 @@ def classifier_extractor(folder: Path) -> Extractor:
         lambda images: model.features(images.to(device).float() / 127.5 - 1).cpu(),
         lambda images: model(images.to(device).float() / 127.5 - 1).argmax(1).cpu(),
         channels=(1,),
+        size=(28, 28),
+        network=sha256(folder / WEIGHTS),
     )
 
 
@@ -96,7 +109,7 @@ def inception_extractor(weights: Path) -> Extractor:
         (values,) = model(colour.to(device))
         return values.cpu()  # type: ignore[no-any-return]
 
-    return Extractor("Inception (torch-fidelity), 2048 features", features)
+    return Extractor("Inception (torch-fidelity), 2048 features", features, network=sha256(weights))
 
 
 @torch.no_grad()
@@ -123,22 +136,27 @@ class Statistics:
     mean: Tensor
     covariance: Tensor
     features: Tensor
+    network: str = ""
+    """Of the extractor."""
 
     @classmethod
-    def of(cls, features: Tensor, keep: int) -> Statistics:
+    def of(cls, features: Tensor, keep: int, network: str = "") -> Statistics:
         wide = features.double()
-        return cls(wide.mean(0), torch.cov(wide.T), features[:keep])
+        return cls(wide.mean(0), torch.cov(wide.T), features[:keep], network)
 
     def save(self, path: Path, extractor: str) -> None:
         tensors = {"mean": self.mean, "covariance": self.covariance, "features": self.features.half()}
-        write_tensors(path, tensors, {"extractor": extractor})
+        # In one entry: safetensors writes several in an order that changes.
+        write_tensors(path, tensors, {"extractor": f"{extractor}; sha256:{self.network}"})
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
         tensors = read_tensors(path)
         if set(tensors) != {"mean", "covariance", "features"}:
             raise ValueError(f"{path}: holds {sorted(tensors)}, accepted are mean, covariance and features")
-        return cls(tensors["mean"].double(), tensors["covariance"].double(), tensors["features"].float())
+        network = read_metadata(path).get("extractor", "").rpartition("sha256:")[2]
+        moments = (tensors["mean"].double(), tensors["covariance"].double())
+        return cls(*moments, tensors["features"].float(), network)
 
 
 def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
@@ -171,18 +189,22 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
     return _covered(generated[:n], real[:n]), _covered(real[:n], generated[:n])
 
 
-def _check_width(features: Tensor, extractor: Extractor, reference: Statistics) -> None:
+def _check_reference(features: Tensor, extractor: Extractor, reference: Statistics) -> None:
     if features.shape[1] != len(reference.mean):
-        raise ValueError(
-            f"evaluate: {extractor.name} makes {features.shape[1]} features, the reference has "
-            f"{len(reference.mean)}; make one in the same features with `ard statistics`"
-        )
+        problem = f"makes {features.shape[1]} features, the reference has {len(reference.mean)}"
+    elif extractor.network != reference.network:
+        problem = "is another network than the reference was made with"
+    else:
+        return
+    raise ValueError(
+        f"evaluate: {extractor.name} {problem}; make one in the same features with `ard statistics`"
+    )
 
 
 def image_metrics(images: Tensor, extractor: Extractor, reference: Statistics) -> dict[str, float]:
     """Frechet distance, precision and recall of images (n, C, h, w) uint8."""
     features = extract(extractor, images)
-    _check_width(features, extractor, reference)
+    _check_reference(features, extractor, reference)
     own = Statistics.of(features, 0)
     precision, recall = precision_recall(features, reference.features)
     distance = frechet_distance(own.mean, own.covariance, reference.mean, reference.covariance)
@@ -226,11 +248,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )
     check_counts("evaluate", batch_size=config.batch_size)
     grid, state = store.of_student(config.student, trained)
-    extractor = (
-        classifier_extractor(config.classifier)
-        if config.inception is None
-        else inception_extractor(config.inception)
-    )
+    extractor = extractor_of(config.classifier, config.inception)
     reference = Statistics.load(config.reference)
     if student.channels not in extractor.channels:
         raise ValueError(
@@ -238,8 +256,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             f"{' or '.join(map(str, extractor.channels))}; errors of latents: `ard diagnose`, images "
             "for an FID: `ard sample --vae`"
         )
+    if extractor.size not in (None, student.input_size):
+        raise ValueError(
+            f"evaluate: the student's images have size {student.input_size}, {extractor.name} takes "
+            f"{extractor.size}"
+        )
     shape = (student.channels, *student.input_size)
-    _check_width(extract(extractor, torch.zeros(1, *shape, dtype=torch.uint8)), extractor, reference)
+    _check_reference(extract(extractor, torch.zeros(1, *shape, dtype=torch.uint8)), extractor, reference)
     device = worker_device()
     student.to(device)
     made, recorded, classes = [], [], []
@@ -284,15 +307,14 @@ def evaluate_checkpoints(run: Path, held_out: Path) -> list[dict[str, Any]]:
     """
     student, trained = load_student(run / "student")
     points = []
-    for folder in sorted((run / "checkpoints").glob("step-*")):
+    for step, folder in checkpoints(run):
         target = run / "evaluations" / folder.name
-        if not (target / "evaluation.json").exists():
+        report = target / "evaluation.json"
+        if not report.exists() or read_json(report)["config"]["trajectories"] != str(held_out):
             weights = {**student.state_dict(), **read_tensors(folder / "ema.safetensors")}
             save_student(target / "student", student, trained, weights)
             evaluate(EvaluateConfig(target / "student", held_out, target))
-        points.append(
-            {"step": int(folder.name.removeprefix("step-")), **read_json(target / "evaluation.json")}
-        )
+        points.append({"step": step, **read_json(report)})
     return points
 
 
@@ -387,13 +409,9 @@ class StatisticsConfig:
 def statistics(config: StatisticsConfig) -> None:
     if config.keep <= _NEIGHBOURS:
         raise ValueError(f"statistics: keep is {config.keep}, accepted is an integer > {_NEIGHBOURS}")
-    extractor = (
-        classifier_extractor(config.classifier)
-        if config.inception is None
-        else inception_extractor(config.inception)
-    )
+    extractor = extractor_of(config.classifier, config.inception)
     train, test = (to_uint8(load_images(config.dataset, t, config.data).pixels) for t in (True, False))
-    reference = Statistics.of(extract(extractor, train), config.keep)
+    reference = Statistics.of(extract(extractor, train), config.keep, extractor.network)
     reference.save(config.out, extractor.name)
     print(
         f"statistics: {config.out}; test images: {image_metrics(test[: config.keep], extractor, reference)}"

@@ -182,6 +182,8 @@ def finetune(config: FinetuneConfig) -> None:
     store = TrajectoryStore(config.trajectories)
     teacher, diffusion = load_teacher(config.teacher)
     store.check_teacher(config.teacher)
+    if config.discriminator_time == "fixed" and not 0 <= config.fixed_time < diffusion.timesteps:
+        raise ValueError(f"fixed_time is {config.fixed_time}, accepted are 0..{diffusion.timesteps - 1}")
     student, trained = load_student(config.regression / "student")
     grid, state = store.of_student(config.regression / "student", trained)
     if config.history == "own" and not 1 <= config.gradient_steps <= student.steps:
@@ -254,5 +256,3 @@ def _check(config: FinetuneConfig) -> None:
     for name in ("gan_warmup", "gan_ramp"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} is {getattr(config, name)}, accepted is an integer >= 0")
-    if not 0 <= config.fixed_time < 1000:
-        raise ValueError(f"fixed_time is {config.fixed_time}, accepted are 0..999")

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_teacher
+from tiny import TINY, tiny_teacher
 from torch import Tensor
 
 import ard
 from ard.assets import ASSETS
-from ard.checkpoints import load_student, save_teacher
+from ard.checkpoints import load_student, save_student, save_teacher
 from ard.data import load_images, to_uint8
 from ard.diffusion import Diffusion
 from ard.evaluation import (
@@ -36,7 +36,7 @@ from ard.evaluation import (
     statistics,
     train_classifier,
 )
-from ard.models import ARDTransformer
+from ard.models import ARDTransformer, DiT
 from ard.training import Optimisation
 from ard.trajectories import RecordConfig, TrajectoryStore, record
 
@@ -134,6 +134,7 @@ def test_the_embedded_classifier_makes_the_embedded_statistics() -> None:
     reference = Statistics.load(ASSETS / "statistics.safetensors")
     features = extract(extractor, torch.zeros(3, 1, 28, 28, dtype=torch.uint8))
     assert features.shape[1] == len(reference.mean) == reference.features.shape[1]
+    assert reference.network == extractor.network
 
 
 def test_a_report_says_what_the_student_does(recording: RecordConfig, student: Path, tmp_path: Path) -> None:
@@ -190,6 +191,21 @@ def test_classifier_and_statistics_of_ones_own(
         reference=reference
     ))  # fmt: skip
     assert np.isfinite(report["student"]["frechet"])
+    with pytest.raises(ValueError, match="is another network than the reference was made with; make one"):
+        evaluate(EvaluateConfig(student, recording.out, tmp_path / "embedded", reference=reference))
+    assert not (tmp_path / "embedded").exists()
+
+
+def test_a_student_of_another_size_is_refused_before_it_samples(tmp_path: Path) -> None:
+    teacher = DiT(**{**TINY, "input_size": 14})
+    save_teacher(tmp_path / "teacher", teacher, Diffusion("linear", "v"))
+    record(RecordConfig(tmp_path / "teacher", tmp_path / "store", samples=4))
+    store = TrajectoryStore(tmp_path / "store")
+    student = ARDTransformer.from_teacher(teacher, history_layers=2)
+    save_student(tmp_path / "student", student, store.summary(store.grid(4), "x0"))
+    with pytest.raises(ValueError, match=r"images have size \(14, 14\), .* takes \(28, 28\)"):
+        evaluate(EvaluateConfig(tmp_path / "student", store.folder, tmp_path / "report"))
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_student_of_another_teacher_is_refused(

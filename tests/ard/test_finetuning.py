@@ -358,7 +358,7 @@ def test_accumulation_sees_the_whole_batch(config: FinetuneConfig, tmp_path: Pat
     [
         ({"gan_weight": 0.0}, r"gan_weight is 0\.0, accepted is a finite number > 0"),
         ({"gan_warmup": -1}, "gan_warmup is -1, accepted is an integer >= 0"),
-        ({"fixed_time": 1000}, r"fixed_time is 1000, accepted are 0\.\.999"),
+        ({"discriminator_time": "fixed", "fixed_time": 1000}, r"fixed_time is 1000, accepted are 0\.\.999"),
         ({"history": "own", "gradient_steps": 5}, r"gradient_steps is 5, accepted are 1\.\.4"),
         (
             {"optimisation": replace(_SHORT, precision="fp16")},
