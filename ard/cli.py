@@ -22,6 +22,7 @@ from ard import (
     training,
     trajectories,
 )
+from ard.shards import worker
 
 _COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "demo": (demo.DemoConfig, demo.demo),
@@ -45,7 +46,9 @@ _COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "statistics": (evaluation.StatisticsConfig, evaluation.statistics),
 }
 
-_CONTINUED = ("demo", "train-teacher", "record", "encode", "distill", "finetune", "train-classifier")
+# Commands that several processes run together, and those that go on where a call of them was stopped.
+_SHARED = ("train-teacher", "record", "encode", "distill", "finetune", "train-classifier")
+_CONTINUED = (*_SHARED, "demo")
 
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
@@ -68,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(arguments)
     name, function = next((n, f) for n, (c, f) in _COMMANDS.items() if c is type(config))
     try:
+        if name not in _SHARED and (world := worker()[1]) > 1:
+            raise ValueError(f"WORLD_SIZE is {world}, accepted is 1: this command is one process's")
         function(config)
     except (ValueError, OSError, SafetensorError) as error:
         if os.environ.get("ARD_TRACEBACK"):

@@ -24,8 +24,15 @@ from ard.models import ARDTransformer, DiT
 from ard.models.discriminator import Discriminator
 from ard.runs import Run, checkpoints
 from ard.sampling import sample
-from ard.training import Batch, Optimisation, accelerator_for, fit, student_preview
-from ard.trajectories import TrajectoryStore
+from ard.training import (
+    Batch,
+    Optimisation,
+    accelerator_for,
+    fit,
+    live_trajectories,
+    student_preview,
+)
+from ard.trajectories import Trajectories, TrajectoryStore
 
 
 @dataclass(frozen=True)
@@ -37,12 +44,12 @@ class FinetuneConfig:
     """Folder of the teacher, whose frozen features the discriminator sees."""
     regression: Path
     """Folder of the finished run of `ard distill`: its weights, average and optimiser are the start."""
-    trajectories: Path
-    """The trajectories that it was trained on."""
     real: str
     """Real images: fashion-mnist, digits, a folder of `ard encode`, or of images in a subfolder a class."""
     out: Path
     """Folder of the run. The student goes to its subfolder `student`. A run that is there is continued."""
+    trajectories: Path | None = None
+    """The trajectories that it was trained on; default: the teacher makes such while the student trains."""
     data: Path = DEBIAN_FOLDER
     """Folder of the Fashion-MNIST files."""
     flip: bool | None = None
@@ -179,12 +186,16 @@ def finetune(config: FinetuneConfig) -> None:
     o = config.optimisation
     _check(config)
     accelerator = accelerator_for(o, unused=True)
-    store = TrajectoryStore(config.trajectories)
+    student, trained = load_student(config.regression / "student")
+    store: Trajectories
+    if config.trajectories is None:
+        store = live_trajectories(config.teacher, trained, o)
+    else:
+        store = TrajectoryStore(config.trajectories)
     teacher, diffusion = load_teacher(config.teacher)
     store.check_teacher(config.teacher)
     if config.discriminator_time == "fixed" and not 0 <= config.fixed_time < diffusion.timesteps:
         raise ValueError(f"fixed_time is {config.fixed_time}, accepted are 0..{diffusion.timesteps - 1}")
-    student, trained = load_student(config.regression / "student")
     grid, state = store.of_student(config.regression / "student", trained)
     if config.history == "own" and not 1 <= config.gradient_steps <= student.steps:
         raise ValueError(
@@ -216,7 +227,7 @@ def finetune(config: FinetuneConfig) -> None:
     def fetch(positions: range) -> Batch:
         first, count = positions.start, len(positions)
         where = torch.arange(first, first + count)
-        states, labels = store.states(shuffled(first, count, len(store), o.seed), grid, state)
+        states, labels = store.states(store.order(positions, o.seed), grid, state)
         mirrored = index_uniform(where, o.seed, Stream.FLIP) < 0.5 * flips
         real, real_labels = images.fetch(shuffled(first, count, len(images), o.seed), mirrored)
         if config.discriminator_time == "random":

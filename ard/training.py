@@ -36,7 +36,7 @@ from ard.diffusion import Diffusion, Prediction, Schedule, Solver, guided
 from ard.losses import denoising_loss, trajectory_loss
 from ard.models import ARDTransformer, DiT
 from ard.pictures import image_grid, save_png
-from ard.precision import tf32
+from ard.precision import Precision, tf32
 from ard.runs import Run, checkpoints, newest_checkpoint
 from ard.sampling import sample
 from ard.trajectories import LiveTrajectories, SolverConfig, State, Trajectories, TrajectoryStore
@@ -470,13 +470,16 @@ def _trajectories(config: DistillConfig) -> Trajectories:
             raise ValueError(f"{', '.join(ignored)}, but the trajectories of {config.trajectories} are made "
                              "already; accepted is either")  # fmt: skip
         return TrajectoryStore(config.trajectories)
-    o = config.optimisation
-    live = SolverConfig(
-        solver=config.solver, solver_steps=config.solver_steps, guidance=config.guidance,
-        guided_channels=config.guided_channels, dtype="float32",
-        precision="no" if o.precision == "fp16" else o.precision, seed=o.seed,
-    )  # fmt: skip
-    return LiveTrajectories(config.teacher, live)
+    return live_trajectories(config.teacher, vars(config), config.optimisation)
+
+
+def live_trajectories(teacher: Path, made: Mapping[str, Any], o: Optimisation) -> LiveTrajectories:
+    """Trajectories that the teacher makes while a student trains, by the solver and guidance of `made`."""
+    options = {name: made.get(name, default) for name, default in _LIVE.items()}
+    precision: Precision = "no" if o.precision == "fp16" else o.precision
+    return LiveTrajectories(
+        teacher, SolverConfig(**options, dtype="float32", precision=precision, seed=o.seed)
+    )
 
 
 def distill(config: DistillConfig) -> None:
@@ -503,9 +506,7 @@ def distill(config: DistillConfig) -> None:
     def fetch(positions: range) -> Batch:
         where = torch.arange(positions.start, positions.stop)
         chosen = index_uniform(where, o.seed, Stream.ROLLOUT) < config.rollout
-        if config.trajectories is not None:
-            where = shuffled(positions.start, len(positions), len(store), o.seed)
-        return *store.states(where, grid, config.state), chosen
+        return *store.states(store.order(positions, o.seed), grid, config.state), chosen
 
     def loss_of(model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         states, labels, chosen = batch

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ard.checkpoints import WEIGHTS, load_teacher, sha256
-from ard.data import check_counts, check_seed, index_noise
+from ard.data import check_counts, check_seed, index_noise, shuffled
 from ard.diffusion import Solver, check_solver, guided
 from ard.precision import Precision, computing
 from ard.shards import Shards, worker, worker_device
@@ -179,6 +179,13 @@ class Trajectories(ABC):
     def __len__(self) -> int:
         samples = self.manifest["samples"]
         return sys.maxsize if samples is None else int(samples)
+
+    def order(self, positions: range, seed: int) -> Tensor:
+        """(n,) sample indices at positions in the stream of samples: shuffled epochs; of endless ones, every
+        one once."""
+        if self.manifest["samples"] is None:
+            return torch.arange(positions.start, positions.stop)
+        return shuffled(positions.start, len(positions), len(self), seed)
 
     def check_teacher(self, folder: Path) -> None:
         """An error if another teacher made these trajectories."""

@@ -198,7 +198,7 @@ def _train(config: TableConfig, row: Row, seed: int) -> None:
             start = _folder(config, row.start, seed)
             finetune(
                 FinetuneConfig(
-                    teacher, start, trajectories, "fashion-mnist", out, gan_warmup=config.gan_warmup,
+                    teacher, start, "fashion-mnist", out, trajectories, gan_warmup=config.gan_warmup,
                     gan_ramp=config.gan_ramp, gan_weight=config.gan_weight, optimisation=o,
                 )
             )  # fmt: skip

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ard import cli
 from ard.cli import main, parse
 from ard.evaluation import Statistics
 from ard.trajectories import RecordConfig
@@ -354,6 +355,35 @@ def test_a_checkpoint_with_code_is_not_executed_by_the_real_command(place: Place
     assert "evil.pt: refused" in done.stderr
     assert not Path("/tmp/ard-evil-was-executed").exists()
     assert not place.out.exists()
+
+
+def test_one_process_commands_say_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All processes of torchrun would make the same samples and write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stopped:
+        main(["sample", "--student", "nowhere", "--out", "nowhere"])
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.startswith("ard sample: WORLD_SIZE is 2, accepted is 1")
+    with pytest.raises(SystemExit):
+        main(["record", "--teacher", "nowhere", "--out", "nowhere"])
+    assert "nowhere: no config.json there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["flops", "demo"])
+def test_an_interrupted_command_says_whether_it_goes_on(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._COMMANDS, command, (cli._COMMANDS[command][0], interrupted))
+    with pytest.raises(SystemExit) as stopped:
+        main([command])
+    assert stopped.value.code == 130
+    said = "; the same command goes on" if command == "demo" else ""
+    assert capsys.readouterr().err == f"\nard {command}: interrupted{said}\n"
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ from ard.models import ARDTransformer
 from ard.runs import newest_checkpoint
 from ard.sampling import sample
 from ard.training import DistillConfig, Optimisation, distill
-from ard.trajectories import RecordConfig
+from ard.trajectories import LiveTrajectories, RecordConfig
 
 _SHORT = Optimisation(
     iterations=6, batch_size=16, lr=1e-3, ema=0.9, precision="no", log_every=1, checkpoint_every=3,
@@ -51,9 +51,9 @@ def config(recording: RecordConfig, regression: Path) -> FinetuneConfig:
     return FinetuneConfig(
         recording.teacher,
         regression,
-        recording.out,
         "digits",
         Path(),
+        recording.out,
         gan_warmup=2,
         history="teacher",
         optimisation=_SHORT,
@@ -373,6 +373,31 @@ def test_options_that_cannot_work_leave_no_run(
     with pytest.raises((ValueError, OSError), match=message):
         finetune(replace(config, out=tmp_path / "run", **change))
     assert not (tmp_path / "run").exists()
+
+
+def test_without_a_store_the_teacher_makes_what_the_student_knows(tmp_path: Path, teacher: Path) -> None:
+    """A student distilled from a live teacher goes on with the same solver; every sample comes once."""
+    made: dict[str, Any] = {"solver": "heun", "solver_steps": 10, "guidance": 1.2}
+    distill(DistillConfig(
+        teacher, tmp_path / "regression", steps=2, history_layers=2, grid=(10, 4, 0), **made,
+        optimisation=replace(_SHORT, iterations=1)
+    ))  # fmt: skip
+    AcceleratorState._reset_state()
+    seen: list[Any] = []
+    states = LiveTrajectories.states
+
+    def spied(self: LiveTrajectories, indices: torch.Tensor, grid: Any, state: Any) -> Any:
+        seen.append((indices.tolist(), grid, {name: self.manifest[name] for name in made}))
+        return states(self, indices, grid, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LiveTrajectories, "states", spied)
+        finetune(FinetuneConfig(
+            teacher, tmp_path / "regression", "digits", tmp_path / "gan", gan_warmup=1,
+            optimisation=replace(_SHORT, iterations=2),
+        ))  # fmt: skip
+    assert seen == [([*range(i, i + 16)], (10, 4, 0), made) for i in (0, 16)]
+    assert load_student(tmp_path / "gan" / "student")[1]["finetuned"]
 
 
 def test_a_run_goes_on_without_the_regressions_checkpoints(config: FinetuneConfig, tmp_path: Path) -> None:
