@@ -308,7 +308,8 @@ def load_images(dataset: Dataset, train: bool, folder: Path = DEBIAN_FOLDER) -> 
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise ValueError(
-                f"dataset 'digits' needs the extra `digits` (pip install 'ard[digits]'): {error}"
+                "dataset 'digits' needs the extra `digits` (pip install '.[digits]' in the repository): "
+                f"{error}"
             ) from None
         bunch = load_digits()
         pixels = torch.from_numpy(bunch.images).float().unsqueeze(1) / 8 - 1

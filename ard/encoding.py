@@ -124,7 +124,7 @@ def load_vae(folder: Path) -> Any:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise ValueError(
-            f"a VAE needs the extra `diffusers` (pip install 'ard[diffusers]'): {error}"
+            f"a VAE needs the extra `diffusers` (pip install '.[diffusers]' in the repository): {error}"
         ) from None
     vae, info = AutoencoderKL.from_pretrained(
         folder,

@@ -99,7 +99,7 @@ def inception_extractor(weights: Path) -> Extractor:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise ValueError(
-            f"Inception features need the extra `eval` (pip install 'ard[eval]'): {error}"
+            f"Inception features need the extra `eval` (pip install '.[eval]' in the repository): {error}"
         ) from None
     device = worker_device()
     model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights)).eval().to(device)

@@ -18,7 +18,7 @@ try:
     from diffusers.pipelines import pipeline_loading_utils
     from diffusers.utils.torch_utils import randn_tensor
 except ImportError as error:
-    raise ImportError(f"needs diffusers: pip install 'ard[diffusers]' ({error})") from error
+    raise ImportError(f"needs diffusers: pip install '.[diffusers]' in the repository ({error})") from error
 
 # diffusers saves and loads the parts of a pipeline whose classes it knows.
 _METHODS = ["save_pretrained", "from_pretrained"]

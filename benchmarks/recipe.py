@@ -87,11 +87,13 @@ def main() -> None:
     frozen = sum(p.numel() for p in teacher.parameters())
     per_second = config.tflops * 1e12 / 2  # multiply-accumulates
     recording = config.trajectories * 25 * 2 * dit_macs(teacher.config).total
-    passes = 3 * student_macs(student.config).total  # forward, and twice that backward
+    once = student_macs(student.config).total
+    passes = 3 * once  # forward, and twice that backward
+    both = 2 * passes + once  # the GAN stage: teacher forced, sampled, and on what was sampled
     # Teacher: both results forward, and back to the student's pixels; heads: three passes, backward of two.
     look = dit_macs(teacher.config).total
     head = teacher.tokens * sum(p.numel() for p in discriminator.parameters() if p.dim() == 3)
-    adversarial = passes + 3 * look + (3 + 2 * 2 + 1) * head
+    adversarial = both + 3 * look + (3 + 2 * 2 + 1) * head
     state_bytes = teacher.tokens * teacher.patch_size**2 * teacher.channels * 2
     rows = {
         "trajectory_bytes": (2 + 2 * 4) * state_bytes,

@@ -324,7 +324,7 @@ main(["convert", "--weights", {str(teacher)!r}, "--out", {str(tmp_path / "d")!r}
 try:
     import ard.pipeline
 except ImportError as error:
-    assert "needs diffusers: pip install 'ard[diffusers]'" in str(error)
+    assert "needs diffusers: pip install '.[diffusers]'" in str(error)
 main(["convert", "--weights", {str(student)!r}, "--out", {str(tmp_path / "p")!r}, "--to", "diffusers"])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
