@@ -108,6 +108,17 @@ def decode(vae: Any, latents: Tensor, batch: int = 8) -> Tensor:
     return torch.cat([vae.decode(part / scale + shift).sample for part in parts])
 
 
+def load_decoder(folder: Path, channels: int, device: torch.device, where: str) -> Any:
+    """The AutoencoderKL of a folder, for latents of so many channels; errors are `where`'s."""
+    vae = load_vae(folder)
+    if vae.config.latent_channels != channels:
+        raise ValueError(
+            f"{where}: vae is {folder}, of {vae.config.latent_channels} latent channels, the student has "
+            f"{channels}"
+        )
+    return vae.to(device)
+
+
 def load_vae(folder: Path) -> Any:
     """The AutoencoderKL of a folder, in evaluation mode and without gradients."""
     for name in (_VAE_CONFIG, _VAE_WEIGHTS):

@@ -29,7 +29,8 @@ from ard.checkpoints import (
     write_json,
     write_tensors,
 )
-from ard.data import DEBIAN_FOLDER, Dataset, check_counts, load_images, to_uint8
+from ard.data import DEBIAN_FOLDER, Dataset, ImageFolder, check_counts, load_images, to_uint8
+from ard.encoding import decode, load_decoder
 from ard.models.classifier import Classifier
 from ard.pictures import image_grid, save_png
 from ard.precision import Precision, computing
@@ -203,12 +204,43 @@ def _check_reference(features: Tensor, extractor: Extractor, reference: Statisti
 
 def image_metrics(images: Tensor, extractor: Extractor, reference: Statistics) -> dict[str, float]:
     """Frechet distance, precision and recall of images (n, C, h, w) uint8."""
-    features = extract(extractor, images)
+    return _metrics(extract(extractor, images), extractor, reference)
+
+
+def _metrics(features: Tensor, extractor: Extractor, reference: Statistics) -> dict[str, float]:
     _check_reference(features, extractor, reference)
     own = Statistics.of(features, 0)
     precision, recall = precision_recall(features, reference.features)
     distance = frechet_distance(own.mean, own.covariance, reference.mean, reference.covariance)
-    return {"frechet": distance, "precision": precision, "recall": recall, "samples": len(images)}
+    return {"frechet": distance, "precision": precision, "recall": recall, "samples": len(features)}
+
+
+_SHOWN = 20  # on the picture
+
+
+class _Seen:
+    """What an extractor makes of images that come in batches; of the images it keeps the first alone."""
+
+    def __init__(self, extractor: Extractor) -> None:
+        self.extractor, self.right = extractor, 0
+        self.features: list[Tensor] = []
+        self.first: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, images: Tensor, labels: Tensor) -> None:
+        """(n, C, h, w) uint8, (n,)."""
+        if self.first is None:
+            self.first = images[:_SHOWN]
+        elif len(self.first) < _SHOWN:
+            self.first = torch.cat([self.first, images])[:_SHOWN]
+        self.features.append(extract(self.extractor, images))
+        if self.extractor.classes is not None:
+            self.right += int((self.extractor.classes(images) == labels).sum())
+
+    def report(self, reference: Statistics) -> dict[str, Any]:
+        features = torch.cat(self.features)
+        consistency = None if self.extractor.classes is None else self.right / len(features)
+        return {**_metrics(features, self.extractor, reference), "consistency": consistency}
 
 
 @dataclass(frozen=True)
@@ -229,6 +261,8 @@ class EvaluateConfig:
     precision: Precision = "no"
     """In which the student computes: float32, float32 with TF32 products on a GPU, or bf16 autocast. On a GPU
     attention in float32 without TF32 has no kernel and is slow."""
+    vae: Path | None = None
+    """Of a student of latents: folder of a diffusers AutoencoderKL that decodes them."""
     classifier: Path = ASSETS / "classifier"
     """Folder of the classifier whose features are used."""
     inception: Path | None = None
@@ -249,23 +283,26 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     check_counts("evaluate", batch_size=config.batch_size)
     grid, state = store.of_student(config.student, trained)
     extractor = extractor_of(config.classifier, config.inception)
-    reference = Statistics.load(config.reference)
-    if student.channels not in extractor.channels:
+    reference, device = Statistics.load(config.reference), worker_device()
+    vae = None if config.vae is None else load_decoder(config.vae, student.channels, device, "evaluate")
+
+    def images(x: Tensor) -> Tensor:
+        return to_uint8(x if vae is None else decode(vae, x.to(device)).cpu())
+
+    one = images(torch.zeros(1, student.channels, *student.input_size))
+    if one.shape[1] not in extractor.channels:
         raise ValueError(
-            f"evaluate: the student has {student.channels} channels, {extractor.name} takes "
-            f"{' or '.join(map(str, extractor.channels))}; errors of latents: `ard diagnose`, images "
-            "for an FID: `ard sample --vae`"
+            f"evaluate: the student's images have {one.shape[1]} channels, {extractor.name} takes "
+            f"{' or '.join(map(str, extractor.channels))}; latents are decoded by --vae"
         )
-    if extractor.size not in (None, student.input_size):
+    if extractor.size not in (None, (*one.shape[2:],)):
         raise ValueError(
-            f"evaluate: the student's images have size {student.input_size}, {extractor.name} takes "
+            f"evaluate: the student's images have size {(*one.shape[2:],)}, {extractor.name} takes "
             f"{extractor.size}"
         )
-    shape = (student.channels, *student.input_size)
-    _check_reference(extract(extractor, torch.zeros(1, *shape, dtype=torch.uint8)), extractor, reference)
-    device = worker_device()
+    _check_reference(extract(extractor, one), extractor, reference)
     student.to(device)
-    made, recorded, classes = [], [], []
+    seen = {"student": _Seen(extractor), "teacher": _Seen(extractor)}
     errors, seconds = torch.zeros(student.steps, dtype=torch.float64), 0.0
     for indices in tqdm(torch.arange(count).split(config.batch_size), desc="sample", mininterval=1.0):
         states, labels = store.states(indices, grid, state)
@@ -274,17 +311,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             path = sample(student, states[:, 0].to(device), labels.to(device)).cpu()
         seconds += time.perf_counter() - began
         errors += (path - states[:, 1:]).square().mean((2, 3, 4)).double().sum(0)
-        made.append(to_uint8(path[:, -1]))
-        recorded.append(to_uint8(states[:, -1]))
-        classes.append(labels)
-    images, teacher, wanted = torch.cat(made), torch.cat(recorded), torch.cat(classes)
-    metrics = {
-        name: {
-            **image_metrics(some, extractor, reference),
-            "consistency": class_consistency(extractor, some, wanted),
-        }
-        for name, some in (("student", images), ("teacher", teacher))
-    }
+        seen["student"].add(images(path[:, -1]), labels)
+        seen["teacher"].add(images(states[:, -1]), labels)
+    metrics = {name: some.report(reference) for name, some in seen.items()}
     report = {
         "features": extractor.name, **metrics, "errors": (errors / count).tolist(),
         "seconds_per_sample": seconds / count, "steps": student.steps,
@@ -293,8 +322,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "config": plain(config), "versions": versions(),
     }  # fmt: skip
     write_json(config.out / "evaluation.json", report)
-    pairs = torch.stack([teacher[:20], images[:20]]).flatten(0, 1).float() / 127.5 - 1
-    save_png(config.out / "samples.png", image_grid(pairs, columns=min(20, count)))
+    pairs = torch.cat([seen[name].first for name in ("teacher", "student")])  # type: ignore[misc]
+    picture = image_grid(pairs.float() / 127.5 - 1, columns=min(_SHOWN, count))
+    save_png(config.out / "samples.png", picture)
     return report
 
 
@@ -389,7 +419,7 @@ def train_classifier(config: TrainClassifierConfig) -> None:
 
 @dataclass(frozen=True)
 class StatisticsConfig:
-    """Compute statistics of real images for `ard evaluate`."""
+    """Compute statistics of real images for `ard evaluate`: of a data set's, or of a folder of images."""
 
     out: Path
     """The .safetensors file to write."""
@@ -398,6 +428,10 @@ class StatisticsConfig:
     check."""
     data: Path = DEBIAN_FOLDER
     """Folder of the Fashion-MNIST files."""
+    images: Path | None = None
+    """Instead of the data set: a folder of images in a subfolder a class."""
+    size: int = 256
+    """Height and width in pixels to which those are resized and cropped."""
     classifier: Path = ASSETS / "classifier"
     """Folder of the classifier whose features are used."""
     inception: Path | None = None
@@ -406,10 +440,33 @@ class StatisticsConfig:
     """How many images' features are kept, for precision and recall."""
 
 
+def _folder_features(images: ImageFolder, extractor: Extractor) -> Tensor:
+    """(n, d), in a random order, which is always the same: what is kept of them is of all classes."""
+    if extractor.size not in (None, images.shape[1:]):
+        raise ValueError(
+            f"statistics: size is {images.shape[1]}, accepted by {extractor.name} is {extractor.size[0]}"
+        )
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    features = []
+    with tqdm(total=len(images), desc="statistics", unit="image", mininterval=1.0) as bar:
+        for indices in order.split(100):
+            pixels, _ = images.fetch(indices, torch.zeros(len(indices), dtype=torch.bool))
+            features.append(extract(extractor, to_uint8(pixels)))
+            bar.update(len(indices))
+    return torch.cat(features)
+
+
 def statistics(config: StatisticsConfig) -> None:
     if config.keep <= _NEIGHBOURS:
         raise ValueError(f"statistics: keep is {config.keep}, accepted is an integer > {_NEIGHBOURS}")
     extractor = extractor_of(config.classifier, config.inception)
+    if config.images is not None:
+        features = _folder_features(
+            ImageFolder(config.images, config.size, max(extractor.channels)), extractor
+        )
+        Statistics.of(features, config.keep, extractor.network).save(config.out, extractor.name)
+        print(f"statistics: {config.out} ({len(features)} images)")
+        return
     train, test = (to_uint8(load_images(config.dataset, t, config.data).pixels) for t in (True, False))
     reference = Statistics.of(extract(extractor, train), config.keep, extractor.network)
     reference.save(config.out, extractor.name)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ard.checkpoints import load_student, replacing, write_json
 from ard.data import Stream, check_counts, check_seed, index_noise, to_uint8
-from ard.encoding import decode, load_vae
+from ard.encoding import decode, load_decoder
 from ard.models import ARDTransformer
 from ard.pictures import image_grid, save_png
 from ard.precision import Precision, computing
@@ -282,8 +282,4 @@ def _vae(config: SampleConfig, channels: int, device: torch.device) -> Any:
         return None
     if config.latents:
         raise ValueError("sample: latents and vae are both given, accepted is one of them")
-    vae = load_vae(config.vae)
-    if vae.config.latent_channels != channels:
-        raise ValueError(f"sample: vae is {config.vae}, of {vae.config.latent_channels} latent channels, the "
-                         f"student has {channels}")  # fmt: skip
-    return vae.to(device)
+    return load_decoder(config.vae, channels, device, "sample")

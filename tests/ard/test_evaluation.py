@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from PIL import Image
 from tiny import TINY, tiny_teacher
 from torch import Tensor
 
@@ -219,6 +221,58 @@ def test_a_student_of_another_teacher_is_refused(
     assert not (tmp_path / "report").exists()
 
 
+def test_latents_are_judged_as_the_images_that_they_stand_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics of a folder of images, and a student with its VAE, in some network's features."""
+    means = Extractor("means", lambda images: images.float().mean((2, 3)), channels=(3,), network="m")
+    monkeypatch.setattr("ard.evaluation.inception_extractor", lambda _: means)
+    torch.manual_seed(0)
+    colours = torch.randint(0, 256, (30, 3), dtype=torch.uint8)
+    for i, colour in enumerate(colours):
+        (tmp_path / "images" / str(i % 3)).mkdir(parents=True, exist_ok=True)
+        plain = Image.new("RGB", (40, 30), tuple(colour.tolist()))
+        plain.save(tmp_path / "images" / str(i % 3) / f"{i}.png")
+    reference = tmp_path / "reference.safetensors"
+    statistics(StatisticsConfig(reference, images=tmp_path / "images", size=28, inception=Path(), keep=12))
+    loaded = Statistics.load(reference)
+    torch.testing.assert_close(loaded.mean, colours.double().mean(0), rtol=0, atol=1e-4)
+    torch.testing.assert_close(loaded.covariance, torch.cov(colours.double().T), rtol=1e-6, atol=1e-3)
+    assert (loaded.features.shape, loaded.network) == ((12, 3), "m")
+
+    vae = AutoencoderKL(
+        3, 3, ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2, (8, 8), latent_channels=4,
+        norm_num_groups=4, scaling_factor=0.5,
+    )  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    teacher = tiny_teacher(channels=4, input_size=14)
+    save_teacher(tmp_path / "teacher", teacher, Diffusion("linear", "v"))
+    record(RecordConfig(tmp_path / "teacher", tmp_path / "store", samples=25))
+    store = TrajectoryStore(tmp_path / "store")
+    student = ARDTransformer.from_teacher(teacher, steps=2, history_layers=1)
+    student.trajectories = store.summary(store.grid(2), "x0")
+    student.save_pretrained(tmp_path / "student")
+    config = EvaluateConfig(
+        tmp_path / "student", store.folder, tmp_path / "report", batch_size=10, vae=tmp_path / "vae",
+        inception=Path(), reference=reference,
+    )  # fmt: skip
+    report = evaluate(config)
+    states, labels = store.states(torch.arange(25), store.grid(2), "x0")
+    results = {"student": ard.sample(student, states[:, 0], labels)[:, -1], "teacher": states[:, -1]}
+    for name, latents in results.items():
+        with torch.no_grad():
+            images = to_uint8(vae.decode(latents / 0.5).sample)
+        wanted = image_metrics(images, means, loaded)
+        assert report[name].pop("consistency") is None
+        assert report[name] == pytest.approx(wanted, rel=1e-3)
+    assert report["student"]["frechet"] != pytest.approx(report["teacher"]["frechet"], rel=1e-2)
+    with Image.open(tmp_path / "report" / "samples.png") as picture:
+        assert (picture.mode, picture.size) == ("RGB", (2 * (20 * 30 - 2), 2 * (2 * 30 - 2)))
+    AutoencoderKL(3, 3, block_out_channels=(32,), latent_channels=8).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"^evaluate: vae is .*, of 8 latent channels, the student has 4"):
+        evaluate(replace(config, vae=tmp_path / "other"))
+
+
 def test_a_student_of_latents_is_refused_before_it_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +284,6 @@ def test_a_student_of_latents_is_refused_before_it_samples(
     student.trajectories = store.summary(store.grid(2), "x0")
     student.save_pretrained(tmp_path / "student")
     monkeypatch.setattr("ard.evaluation.sample", lambda *_: pytest.fail("it sampled"))
-    with pytest.raises(ValueError, match=r"the student has 4 channels, Fashion-MNIST .* takes 1;"):
+    with pytest.raises(ValueError, match=r"images have 4 channels, Fashion-MNIST .* takes 1; .* --vae"):
         evaluate(EvaluateConfig(tmp_path / "student", tmp_path / "store", tmp_path / "report"))
     assert not (tmp_path / "report").exists()
