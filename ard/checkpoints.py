@@ -73,7 +73,8 @@ def read_json(path: Path) -> Any:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Tensors as safetensors; what two names share is stored twice."""
     with replacing(path) as temporary:
-        contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        # One copy each, on the host: what shares memory is refused.
+        contiguous = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
         try:
             save_file(contiguous, temporary, metadata)
         except SafetensorError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,9 @@ from torch import Tensor
 from ard.checkpoints import read_json, sha256
 from ard.data import ImageFolder, LatentStore, Stream, check_counts, check_seed, index_noise
 from ard.precision import Precision, computing
-from ard.shards import Shards, worker, worker_device
+from ard.shards import DTYPES, Shards, StoredDtype, worker, worker_device
 
 _VAE_CONFIG, _VAE_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class EncodeConfig:
     """Folder of the store."""
     size: int = 256
     """Height and width in pixels to which images are resized and cropped."""
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    dtype: StoredDtype = "float16"
     """How latents are stored."""
     shard_size: int = 1000
     """Images per file."""
@@ -86,7 +85,7 @@ def encode(config: EncodeConfig) -> None:
             posterior = vae.encode(both.flatten(0, 1)).latent_dist
         noise = index_noise(indices, (2, *shape), config.seed, Stream.ENCODE).to(device)
         z = posterior.mean.float() + posterior.std.float() * noise.flatten(0, 1)
-        stored = ((z - shift) * scale).to(_DTYPES[config.dtype])
+        stored = ((z - shift) * scale).to(DTYPES[config.dtype])
         if not stored.isfinite().all():
             raise ValueError(
                 f"encode: latents of images {indices[0]}..{indices[-1]} are not finite; dtype is "

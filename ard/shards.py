@@ -10,7 +10,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,8 @@ from tqdm import tqdm
 from ard.checkpoints import read_json, remove, sha256, write_json, write_tensors, write_text
 
 MANIFEST = "manifest.json"
+StoredDtype = Literal["float16", "bfloat16", "float32"]
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _LABEL = "recording"
 # Far below the usual limit of 1024 open files of a process.
 _OPEN_SHARDS = 64

@@ -43,6 +43,8 @@ from ard.trajectories import LiveTrajectories, SolverConfig, State, Trajectories
 from ard_kernels.layout import Mask
 
 Batch = tuple[Tensor, ...]
+Fetch = Callable[[range], Batch]
+LossOf = Callable[[nn.Module, Batch, int], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,8 @@ def fit(
     accelerator: Accelerator,
     model: nn.Module,
     o: Optimisation,
-    fetch: Callable[[range], Batch],
-    loss_of: Callable[[nn.Module, Batch, int], tuple[Tensor, dict[str, Tensor]]],
+    fetch: Fetch,
+    loss_of: LossOf,
     preview: Callable[[nn.Module], Tensor] | None,
     parts: Mapping[str, tuple[nn.Module, float]] | None = None,
     initial: Path | None = None,
@@ -190,7 +192,6 @@ def fit(
     Returns:
         The state dict of the first part with averaged weights.
     """
-    share = o.batch_size // (accelerator.num_processes * o.accumulate)
     parts = parts or {"model": (model, 1.0)}
     trained = [[p for p in part.parameters() if p.requires_grad] for part, _ in parts.values()]
     averaged = next(iter(parts.values()))[0]
@@ -206,6 +207,12 @@ def fit(
         start = _restore(run.folder, model, ema, optimiser, accelerator.scaler)
     elif initial is not None:
         _restore(initial, averaged, ema, optimiser, accelerator.scaler)
+    starts = accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist()
+    if len(set(starts)) > 1:
+        raise ValueError(
+            f"{run.folder}: processes find checkpoints of steps {sorted(set(starts))} there, accepted is a "
+            "folder that all share"
+        )
     bare = model
     model, optimiser = accelerator.prepare(model, optimiser)
     model.train()
@@ -216,23 +223,7 @@ def fit(
             for group, (_, factor) in zip(optimiser.param_groups, parts.values(), strict=True):
                 group["lr"] = factor * learning_rate(o, step)
             torch.manual_seed(hash((o.seed, step, accelerator.process_index)))
-            seen: dict[str, Tensor] = {}
-            for i in range(o.accumulate):
-                first = (
-                    step * o.batch_size + (i * accelerator.num_processes + accelerator.process_index) * share
-                )
-                batch = tuple(
-                    x.to(accelerator.device, non_blocking=True) for x in fetch(range(first, first + share))
-                )
-                last = (
-                    i == o.accumulate - 1
-                )  # of the accumulated passes, the last alone reduces over processes
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    loss, logged = loss_of(model, batch, step)
-                    accelerator.backward(loss / o.accumulate)
-                for name, value in {"loss": loss, **logged}.items():
-                    part = value.detach() / o.accumulate
-                    seen[name] = seen[name] + part if name in seen else part
+            seen = _backward(accelerator, model, o, fetch, loss_of, step)
             norms = [accelerator.clip_grad_norm_(weights, o.clip or math.inf) for weights in trained]
             moved = any(p.grad is not None for p in trained[0])
             optimiser.step()
@@ -275,6 +266,26 @@ def fit(
                 run.save_checkpoint(done, groups, o.keep_checkpoints)
     accelerator.wait_for_everyone()
     return ema.state(averaged)
+
+
+def _backward(
+    accelerator: Accelerator, model: nn.Module, o: Optimisation, fetch: Fetch, loss_of: LossOf, step: int
+) -> dict[str, Tensor]:
+    """The gradient of a step's batch, in all its passes; the loss and what else to log, averaged."""
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    share = o.batch_size // (processes * o.accumulate)
+    seen: dict[str, Tensor] = {}
+    for i in range(o.accumulate):
+        first = step * o.batch_size + (i * processes + rank) * share
+        batch = tuple(x.to(accelerator.device, non_blocking=True) for x in fetch(range(first, first + share)))
+        # The last pass alone reduces over processes.
+        with accelerator.no_sync(model) if i < o.accumulate - 1 else contextlib.nullcontext():
+            loss, logged = loss_of(model, batch, step)
+            accelerator.backward(loss / o.accumulate)
+        for name, value in {"loss": loss, **logged}.items():
+            part = value.detach() / o.accumulate
+            seen[name] = seen[name] + part if name in seen else part
+    return seen
 
 
 def _with_weights(model: nn.Module, ema: _EMA, use: Callable[[nn.Module], Tensor]) -> Tensor:
@@ -324,7 +335,7 @@ def accelerator_for(o: Optimisation, unused: bool = False) -> Accelerator:
     return accelerator
 
 
-def image_batches(images: Images, seed: int) -> Callable[[range], Batch]:
+def image_batches(images: Images, seed: int) -> Fetch:
     """`fit`'s batches of pixels and labels, in shuffled epochs."""
 
     def fetch(positions: range) -> Batch:

@@ -28,13 +28,12 @@ from ard.checkpoints import WEIGHTS, load_teacher, sha256
 from ard.data import check_counts, check_seed, index_noise, shuffled
 from ard.diffusion import Solver, check_solver, guided
 from ard.precision import Precision, computing
-from ard.shards import Shards, worker, worker_device
+from ard.shards import DTYPES, Shards, StoredDtype, worker, worker_device
 
 State = Literal["x0", "xt"]
 _FORMAT = 1
 # What two stores must share to be samples of the same thing.
 _SAME = ("teacher", "diffusion", "solver", "solver_steps", "guidance", "guided_channels")
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # The grids of the released recipe, of 25 solver steps (research: S = 1, 2, 4, 5).
 _RELEASED = {1: (25, 0), 2: (25, 10, 0), 4: (25, 15, 10, 5, 0), 5: (25, 20, 15, 10, 5, 0)}
 
@@ -52,7 +51,7 @@ class SolverConfig:
     """Scale of classifier-free guidance; 1: none."""
     guided_channels: int | None = None
     """Guide the first so many channels only (3 for the public DiT); default: all."""
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    dtype: StoredDtype = "float16"
     """How tensors are stored."""
     batch_size: int = 100
     """Samples per pass of the solver."""
@@ -112,7 +111,7 @@ class _Maker:
             )
         self.where = where
         self.config, self.identity, self.num_classes = config, sha256(teacher / WEIGHTS), model.num_classes
-        self.times, self.dtype = self.diffusion.solver_times(config.solver_steps), _DTYPES[config.dtype]
+        self.times, self.dtype = self.diffusion.solver_times(config.solver_steps), DTYPES[config.dtype]
         self.shape = (model.channels, *model.input_size)
         self.device = worker_device()
         guide = guided(model.to(self.device), model.num_classes, config.guidance, config.guided_channels)

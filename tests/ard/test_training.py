@@ -296,6 +296,18 @@ def test_a_run_that_goes_on_lets_go_of_its_checkpoint(
     assert mapped == [False] * 3
 
 
+def test_processes_that_see_different_checkpoints_stop(
+    recording: RecordConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the folder is each machine's own, they would train different steps and wait for each other."""
+    distill(_config(recording, tmp_path))
+    _stopped(tmp_path)
+    gather = Accelerator.gather
+    monkeypatch.setattr(Accelerator, "gather", lambda self, x: torch.cat([gather(self, x), 0 * x]))
+    with pytest.raises(ValueError, match=r"find checkpoints of steps \[0, 3\] there, accepted"):
+        distill(_config(recording, tmp_path))
+
+
 def test_xt_states_that_are_the_noise_are_refused(recording: RecordConfig, tmp_path: Path) -> None:
     """Of every step the first xt is the noise; the first x0 is not."""
     store = replace(recording, out=tmp_path / "store", solver_steps=4, keep="all", samples=8)
