@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 TORCH ?= 2.13.0
 
-# A torch that is installed already, in $(HAS_TORCH), is used as it is. Else a CPU build, which is the plain package except
+# A torch that is installed already and new enough, in $(HAS_TORCH), is used as it is. Else a CPU build, which is the plain package except
 # on x86 Linux; where there is an NVIDIA GPU, the plain package with CUDA.
-HAS_TORCH := $(shell $(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' 2>/dev/null)
+HAS_TORCH := $(shell $(PYTHON) -c 'import pathlib, torch; assert torch.__version__ >= (2, 11); print(pathlib.Path(torch.__file__).parents[1])' 2>/dev/null)
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 CPU_BUILD := $(if $(HAS_GPU),,$(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)))
 TORCH_PACKAGE := torch==$(TORCH)$(if $(CPU_BUILD),+cpu --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)

@@ -7,6 +7,7 @@ ARD_KERNELS_CUDA likewise for those that need nvcc, for the GPUs named by ARD_KE
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -45,8 +46,10 @@ class _CMake(build_ext):
     def _build(self, target: Path, cuda: str) -> None:
         import pybind11
 
-        # Of this Python, kept: a second installation compiles what has changed.
-        build = _ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        # Of this Python and these compilers, which CMake asks for once. Kept: a second installation compiles
+        # what has changed.
+        here = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build = _ROOT / "build" / f"cmake-{here}-{_compilers()}"
         build.mkdir(parents=True, exist_ok=True)
         _run(
             "cmake", "-G", "Ninja", "-S", _ROOT, "-B", build,
@@ -57,6 +60,13 @@ class _CMake(build_ext):
         _run("cmake", "--build", build)
         (built,) = build.glob("_C.*" + target.suffix)
         self.copy_file(str(built), str(target))
+
+
+def _compilers() -> str:
+    """Another word for other compilers."""
+    names = [os.environ.get(name, "") for name in ("CC", "CXX", "CUDACXX", "CUDAHOSTCXX", "CUDA_HOME")]
+    names += [shutil.which(name) or "" for name in ("c++", "nvcc")]
+    return hashlib.sha256("\0".join(names).encode()).hexdigest()[:8]
 
 
 def _choice(name: str) -> str:

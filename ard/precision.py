@@ -15,9 +15,11 @@ Precision = Literal["no", "tf32", "bf16"]
 def tf32(allowed: bool) -> Iterator[None]:
     """Inside, GPUs may round the operands of float32 matrix products to TF32 (10 bits of mantissa). Where it
     is not allowed here, what the process has set stays."""
+    if not allowed:
+        yield
+        return
     before = torch.get_float32_matmul_precision()
-    if allowed:
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:

@@ -202,7 +202,7 @@ def _key(noise: Tensor, labels: Tensor) -> Hashable:
         noise.shape, noise.stride(), noise.dtype, noise.device, labels.dtype,
         torch.cuda.current_stream(noise.device).cuda_stream,
         torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), forced(),
-        torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.fp32_precision,
     )  # fmt: skip
 
 

@@ -22,7 +22,8 @@ def _info() -> int:
     if demanded:
         print(f"chosen: {demanded}, demanded by the environment")
     else:
-        on_gpu = "triton" if backends()["triton"].available and torch.cuda.is_available() else "eager"
+        triton = "triton (attention in float32 where TF32 is allowed)"
+        on_gpu = triton if backends()["triton"].available and torch.cuda.is_available() else "eager"
         on_cpu = "native (float32, bfloat16)" if backends()["native"].available else "eager"
         print(f"chosen: {on_gpu} on cuda, {on_cpu} on cpu, eager elsewhere and for other dtypes")
     return 0

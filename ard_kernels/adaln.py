@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ard_kernels.backends import choose, implementations
-from ard_kernels.layout import BlockLayout
+from ard_kernels.backends import check_number, choose, implementations
+from ard_kernels.layout import BlockLayout, described
 
 _BACKENDS = implementations("adaln")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -38,6 +38,7 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, layout: BlockLayout, eps: flo
         NotImplementedError: forward-mode differentiation (jvp).
     """
     _check("adaln", layout, {"x": x}, shift=shift, scale=scale)
+    check_number("adaln", "eps", eps)
     backend = choose("adaln", _BACKENDS, x, shift, scale)
     y, _, _ = _adaln(x, shift, scale, layout.lengths, eps, _branch_dtype(x), backend)
     return cast(Tensor, y)
@@ -78,6 +79,7 @@ def gated_residual_adaln(
     it is stored, after rounding. The definition is `ard_kernels.reference.gated_residual_adaln`.
     """
     _check("gated_residual_adaln", layout, {"x": x, "branch": branch}, gate=gate, shift=shift, scale=scale)
+    check_number("gated_residual_adaln", "eps", eps)
     backend = choose("gated_residual_adaln", _BACKENDS, x, branch, gate, shift, scale)
     x, y, _, _ = _gated_residual_adaln(
         x, branch, gate, shift, scale, layout.lengths, eps, _branch_dtype(x), backend
@@ -102,7 +104,7 @@ def _check(name: str, layout: BlockLayout, streams: dict[str, Tensor], **tables:
     x = streams["x"]
     if x.dim() != 3 or x.shape[1] != layout.total:
         raise ValueError(f"{name}: x has shape {tuple(x.shape)}, accepted is (B, {layout.total}, D) "
-                         f"({layout.blocks} blocks of {layout.lengths})")  # fmt: skip
+                         f"({described(layout)})")  # fmt: skip
     for label, stream in streams.items():
         if stream.shape != x.shape:
             raise ValueError(f"{name}: {label} has shape {tuple(stream.shape)}, x has {tuple(x.shape)}")

@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ard_kernels.backends import choose, implementations
-from ard_kernels.layout import BlockLayout, Mask, check_mask
+from ard_kernels.backends import check_number, choose, implementations
+from ard_kernels.layout import BlockLayout, Mask, check_mask, described
 
 _BACKENDS = implementations("attention")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -72,12 +72,14 @@ def cached_block_attention(
 def _call(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, mask: Mask, scale: float | None, block: int
 ) -> Tensor:
+    name = "block_attention" if block < 0 else "cached_block_attention"
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    check_number(name, "scale", scale)
     if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # autocast does not know the meta device
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    backend = choose("block_attention" if block < 0 else "cached_block_attention", _BACKENDS, q, k, v)
+    backend = choose(name, _BACKENDS, q, k, v)
     out, _ = _block_attention(q, k, v, layout.lengths, mask, scale, block, backend)
     return cast(Tensor, out)
 
@@ -93,16 +95,15 @@ def _check(name: str, layout: BlockLayout, mask: str, block: int | None, **tenso
             raise ValueError(f"{name}: {label} is {type(x).__name__}, accepted is a Tensor")
     queries = layout.total if block is None else layout.lengths[block]
     q = tensors["q"]
-    blocks = f"{layout.blocks} blocks of {layout.lengths[0] if layout.is_uniform else layout.lengths}"
     for label, x in tensors.items():
         tokens = queries if label == "q" else layout.total
-        if x.dim() != 4 or x.shape[3] < 1:
+        if x.dim() != 4 or x.shape[2] < 1 or x.shape[3] < 1:
             raise ValueError(
-                f"{name}: {label} has shape {tuple(x.shape)}, accepted is (B, T, H, Dh), Dh >= 1"
+                f"{name}: {label} has shape {tuple(x.shape)}, accepted is (B, T, H, Dh), H and Dh >= 1"
             )
         if x.shape[1] != tokens:
             wanted = (
-                f"layout has {layout.total} ({blocks})"
+                f"layout has {layout.total} ({described(layout)})"
                 if tokens == layout.total
                 else f"the block has {tokens}"
             )
@@ -120,8 +121,8 @@ def _check(name: str, layout: BlockLayout, mask: str, block: int | None, **tenso
 def _block_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], mask: str, scale: float, block: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Returns out like q, and what the backend's backward wants besides: the float32 log-sum-exp (B, H,
-    queries) where it has one, else an empty tensor."""
+    """Returns out like q, and what the backend's backward wants besides: the log-sum-exp (B, H, queries) in
+    at least float32 where it has one, else an empty tensor."""
     results: tuple[Tensor, Tensor] = _BACKENDS[backend].attention_forward(
         q, k, v, BlockLayout(lengths), cast(Mask, mask), scale, block
     )
@@ -132,7 +133,8 @@ def _block_attention(
 def _(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], mask: str, scale: float, block: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    keeps = _BACKENDS[backend].attention_keeps_lse(q, BlockLayout(lengths), cast(Mask, mask), block)
+    layout = BlockLayout(int(n) for n in lengths)  # torch.compile may take them for variables
+    keeps = _BACKENDS[backend].attention_keeps_lse(q, layout, cast(Mask, mask), block)
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]) if keeps else (0,), dtype=wide)
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse

@@ -18,6 +18,11 @@ def check_mask(mask: str, where: str) -> None:
         raise ValueError(f"{where}: mask is {mask!r}, accepted are {', '.join(map(repr, MASKS))}")
 
 
+def described(layout: BlockLayout) -> str:
+    """For messages, short where a layout has a block per token."""
+    return f"{layout.blocks} blocks of {layout.lengths[0] if layout.is_uniform else layout.lengths}"
+
+
 @dataclass(frozen=True)
 class BlockLayout:
     """A sequence of T = sum(lengths) tokens cut into S = len(lengths) consecutive blocks.
@@ -28,7 +33,7 @@ class BlockLayout:
     """
 
     lengths: tuple[int, ...]
-    bounds: tuple[int, ...] = field(repr=False, compare=False)
+    bounds: tuple[int, ...] = field(init=False, repr=False, compare=False)
     """Block s holds the tokens bounds[s]..bounds[s+1]-1."""
 
     def __init__(self, lengths: Iterable[int]) -> None:

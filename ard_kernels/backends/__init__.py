@@ -12,8 +12,10 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TypeVar
@@ -39,11 +41,11 @@ class Status:
 
 def backends() -> dict[str, Status]:
     """Every backend by name, with whether it exists here and why the rest does not."""
-    return {
-        "eager": Status(True, "composed of PyTorch operators"),
-        "native": _native_status(),
-        "triton": _triton_status(),
-    }
+    return {name: status() for name, status in _STATUS.items()}
+
+
+def _eager_status() -> Status:
+    return Status(True, "composed of PyTorch operators")
 
 
 def _native_status() -> Status:
@@ -62,10 +64,17 @@ def _triton_status() -> Status:
         return Status(True, f"Triton {triton.__version__} in its interpreter: for tests, very slow")
     if not torch.cuda.is_available():
         return Status(False, "no CUDA device (TRITON_INTERPRET=1 interprets the kernels on CPU, for tests)")
+    if torch.version.hip is not None:
+        return Status(False, "the GPU is AMD's, accepted is NVIDIA's")
     capability = torch.cuda.get_device_capability()
     if capability < _OLDEST:
         return Status(False, f"compute capability {capability}, accepted is {_OLDEST} or newer")
     return Status(True, f"Triton {triton.__version__} on {torch.cuda.get_device_name()}")
+
+
+_STATUS: dict[str, Callable[[], Status]] = {
+    "eager": _eager_status, "native": _native_status, "triton": _triton_status
+}  # fmt: skip
 
 
 def implementations(family: str) -> dict[str, ModuleType]:
@@ -100,9 +109,9 @@ def triton_device_reason(device: str) -> str | None:
 
 
 def _check(name: str, where: str) -> str:
-    status = backends().get(name)
-    if status is None:
-        raise ValueError(f"{where}: backend is {name!r}, accepted are {', '.join(map(repr, backends()))}")
+    if name not in _STATUS:
+        raise ValueError(f"{where}: backend is {name!r}, accepted are {', '.join(map(repr, _STATUS))}")
+    status = _STATUS[name]()  # of no other: Triton's initialises CUDA, after which a process must not fork
     if not status.available:
         raise RuntimeError(f"{where}: backend {name!r} cannot be used here: {status.reason}")
     return name
@@ -110,13 +119,15 @@ def _check(name: str, where: str) -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one backend inside a ``with`` block. One that is unknown or absent here is an error at once, one
-    that cannot take an operator's arguments an error when the operator is called."""
+    """Force one backend inside a ``with`` block, for all threads. One that is unknown or absent here is an
+    error at once, one that cannot take an operator's arguments an error when the operator is called. With
+    activation checkpointing the backward belongs inside, too: it chooses anew."""
     _forced.append(_check(name, "use_backend"))
     try:
         yield
     finally:
-        _forced.pop()
+        # The last of this name, not the last of all: another thread's may have been entered since.
+        del _forced[len(_forced) - 1 - _forced[::-1].index(name)]
 
 
 def _default() -> str | None:
@@ -145,6 +156,14 @@ def check_tangents(where: str, *tensors: Tensor) -> None:
         )
 
 
+def check_number(where: str, name: str, value: object) -> None:
+    """An error for what is no number, a tensor above all: it would get no gradient."""
+    if not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+        raise ValueError(
+            f"{where}: {name} is {type(value).__name__}, accepted is a number, which is not differentiated"
+        )
+
+
 def choose(where: str, modules: dict[str, ModuleType], *tensors: Tensor) -> str:
     """The backend for these tensors: the one demanded, else the device's first that takes them.
 
@@ -162,11 +181,32 @@ def choose(where: str, modules: dict[str, ModuleType], *tensors: Tensor) -> str:
         reason = modules[name].supports(*tensors) if name in modules else "it is not installed"
         if reason is None:
             return name
-        if device == "cuda" and not torch.compiler.is_compiling():
+        if device == "cuda":
             _report(f"{where}: backend {name!r} cannot be used, a slower one takes its place: {reason}")
     raise AssertionError("eager supports everything")
 
 
-@functools.cache
+@constant  # torch.compile reports when it traces
 def _report(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+    _warn(message)
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """In the name of the line that called the operator."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("ard_kernels."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def kept(values: Sequence[object], device: torch.device) -> Tensor:
+    """int32, of values that kernels read for as long as the process lives.
+
+    Made on a thread of its own: memory that this one allocates may come from the pool of a CUDA graph that
+    torch.compile is about to record, where nothing may stay.
+    """
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.int32, device=device)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.tensor, values, dtype=torch.int32, device=device).result()

@@ -46,14 +46,16 @@ def _run(
     backward: bool, layout: BlockLayout, eps: float, mean: Tensor | None, rstd: Tensor | None,
     **tensors: Tensor | None,
 ) -> None:  # fmt: skip
-    assert native.C is not None
     first = next(x for x in tensors.values() if x is not None)
     batch, _, width = first.shape
+    if batch == 0:
+        return
     shape = batch, width, layout.lengths, eps, [given(tensors.get(name)) for name in _SLOTS]
     statistics = [0 if x is None else x.data_ptr() for x in (mean, rstd)]
     if not _on_cuda(first):
-        native.C.adaln(backward, *shape, *statistics, torch.get_num_threads())
+        native.kernels(*tensors.values()).adaln(backward, *shape, *statistics, torch.get_num_threads())
         return
+    assert native.C is not None
     clusters, stream = _device(first)
     # Where thread blocks form no clusters, the sums of a block's slices go through memory.
     slices = batch * layout.blocks * _CUDA_SLICES if backward and not clusters else 0

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ard_kernels.backends import triton_device_reason
+from ard_kernels.backends import kept, triton_device_reason
 from ard_kernels.compile_report import Production
 from ard_kernels.layout import BlockLayout
 
@@ -270,7 +270,7 @@ def _slices(segments: int, longest: int) -> int:
 @functools.cache
 def _bounds(layout: BlockLayout, device: torch.device) -> Tensor | None:
     """int32 (S + 1,): the first token of every block, and T. None for equal blocks: arithmetic tells."""
-    return None if layout.is_uniform else torch.tensor(layout.bounds, dtype=torch.int32, device=device)
+    return None if layout.is_uniform else kept(layout.bounds, device)
 
 
 def _contiguous_rows(*tensors: Tensor | None) -> list[Tensor | None]:

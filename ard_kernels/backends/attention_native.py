@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ard_kernels.backends.native import C, given, rows, supports
+from ard_kernels.backends.native import given, kernels, rows, supports
 from ard_kernels.layout import MASKS, BlockLayout, Mask
 
 __all__ = ["attention_backward", "attention_forward", "attention_keeps_lse", "supports"]
@@ -19,9 +19,8 @@ def _run(
     backward: bool, tensors: tuple[Tensor, ...], lse: Tensor, layout: BlockLayout, mask: Mask, scale: float,
     block: int,
 ) -> None:  # fmt: skip
-    assert C is not None
     batch, _, heads, dim = tensors[0].shape
-    C.attention(
+    kernels(*tensors).attention(
         backward, batch, heads, dim, layout.lengths, MASKS.index(mask), scale, block,
         [given(x) for x in tensors], lse.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ard_kernels.backends import constant, triton_device_reason
+from ard_kernels.backends import constant, kept, triton_device_reason
 from ard_kernels.compile_report import Production
 from ard_kernels.layout import BlockLayout, Mask
 from ard_kernels.tune import Launch, key, tuned
@@ -43,7 +43,8 @@ _LOG2E = math.log2(math.e)
 
 @constant
 def _demands_float32() -> bool:
-    return torch.get_float32_matmul_precision() == "highest"
+    # Not torch.get_float32_matmul_precision(), which raises where this has been set.
+    return bool(torch.backends.cuda.matmul.fp32_precision != "tf32")
 
 
 def supports(*tensors: Tensor) -> str | None:
@@ -89,7 +90,7 @@ class _Tiles:
 def _make_tiles(entries: Sequence[tuple[int, ...]], rows: int, step: int, device: torch.device) -> _Tiles:
     entries = sorted(entries, key=lambda e: e[2] - e[3] + e[4] - e[5])
     return _Tiles(
-        table=torch.tensor(entries, dtype=torch.int32, device=device),
+        table=kept(entries, device),
         count=len(entries),
         ranges=1 + any(e[5] > e[4] for e in entries),
         whole_rows=all((e[1] - e[0]) % rows == 0 for e in entries),
@@ -563,9 +564,11 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def _loadable(x: Tensor) -> Tensor:
-    """x, or a copy if its rows cannot be loaded 16 bytes at a time."""
+    """x, or a copy if its rows cannot be loaded 16 bytes at a time, or lie so far apart that 32-bit offsets
+    within a tile (128 rows at most) do not reach."""
     steps = [x.stride(i) for i in range(3) if x.shape[i] > 1]
     fits = x.stride(3) == 1 and all(step % 8 == 0 for step in steps) and x.data_ptr() % 16 == 0
+    fits = fits and (x.shape[1] == 1 or x.stride(1) < 2**24)
     return x if fits else x.contiguous().clone() if x.is_contiguous() else x.contiguous()
 
 

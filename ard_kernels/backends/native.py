@@ -63,6 +63,15 @@ def supports(*tensors: Tensor) -> str | None:
     return None
 
 
+def kernels(*tensors: Tensor | None) -> ModuleType:
+    """The compiled module, for these tensors on CPU. A graph names its backend, and may run elsewhere than
+    where it was traced."""
+    reason = supports(*(x for x in tensors if x is not None))
+    if reason is not None or C is None:
+        raise ValueError(f"this graph was traced for the backend 'native': {reason}")
+    return C
+
+
 def rows(x: Tensor) -> Tensor:
     """The tensor, or a copy in which the last dimension is contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -8,7 +8,7 @@ dx and dh).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ard_kernels import BlockLayout, gated_residual_adaln, use_backend
 from benchmarks.suite.record import Recorder, backends, compiled
-from benchmarks.suite.timing import Prepare, cache_bytes, measure, sets_beyond_cache
+from benchmarks.suite.timing import Prepare, cache_bytes, sets_beyond_cache
 
 Norm = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """x, h (B, T, D), gate, shift, scale (B, K, D) -> the residual and its modulated norm."""
@@ -121,7 +121,7 @@ def compare(rec: Recorder, shape: Shape) -> None:
             if prepare is not None:
                 ready[phase][name] = prepare
     for phase, passes in PHASES.items():
-        times = {name: asdict(time) for name, time in measure(ready[phase], rec.device).items()}
+        times = rec.measure(f"{shape} {phase}", ready[phase])
         for time in times.values():
             time["gbs"] = passes * big / time["ms"] / 1e6
             # About half of the bytes are writes. Those that fit into the cache may never reach memory.
@@ -203,7 +203,7 @@ def compare_in_block(rec: Recorder, shape: Shape, heads: int) -> None:
         if made is not None:
             ready[f"{name}, compiled block"] = made
     with use_backend(best):
-        times = {name: asdict(time) for name, time in measure(ready, rec.device).items()}
+        times = rec.measure(f"{shape}, whole DiT block", ready)
     _row(rec, f"{shape}, whole DiT block", "forward + backward", times)
 
 

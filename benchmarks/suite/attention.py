@@ -7,6 +7,7 @@ float32 before it is timed: a wrong one is no peer.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from ard_kernels import BlockLayout, block_attention, use_backend
 from ard_kernels.layout import Mask
 from benchmarks.suite.record import Recorder, backends, compiled
-from benchmarks.suite.timing import Prepare, measure, sets_beyond_cache
+from benchmarks.suite.timing import Prepare, sets_beyond_cache
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k, v (B, queries or keys, H, Dh) -> (B, queries, H, Dh)."""
@@ -216,7 +217,7 @@ PACKAGES = {
 def installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that it would be in
+    except Exception:  # of the package that it would be in: absent, or built for another PyTorch
         return False
 
 
@@ -233,11 +234,17 @@ def _one_launch(module: str, layout: BlockLayout, scale: float, q: Tensor, k: Te
     attend = importlib.import_module(module).flash_attn_with_kvcache
     if torch.is_grad_enabled():
         raise RuntimeError("flash_attn_with_kvcache has no backward")
-    ends = torch.tensor(layout.bounds[1:], dtype=torch.int32, device=q.device).repeat(len(q))
-    owner = torch.arange(len(q), dtype=torch.int32, device=q.device).repeat_interleave(layout.blocks)
+    ends, owner = _sequences(layout, len(q), q.device)
     folded = q.unflatten(1, (layout.blocks, -1)).flatten(0, 1)
     out = attend(folded, k, v, cache_seqlens=ends, cache_batch_idx=owner, softmax_scale=scale)
     return out.unflatten(0, (-1, layout.blocks)).flatten(1, 2)
+
+
+@functools.cache
+def _sequences(layout: BlockLayout, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """int32 (batch * S,): how many keys each block of queries sees, and of which sample."""
+    ends = torch.tensor(layout.bounds[1:], dtype=torch.int32, device=device).repeat(batch)
+    return ends, torch.arange(batch, dtype=torch.int32, device=device).repeat_interleave(layout.blocks)
 
 
 def _flex(
@@ -249,15 +256,15 @@ def _flex(
         return j // length <= i // length if mask == "causal" else j // length == i // length
 
     blocks = create_block_mask(visible, None, None, total, total, device=device, BLOCK_SIZE=block)
-    # A compilation of its own for this shape, not one with dynamic shapes.
-    torch.compiler.reset()
+    # Every row sees its own block, and what it sees is a single range.
+    options = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": True, **(tile or {})}
     mode = {"mode": "max-autotune-no-cudagraphs"} if autotune else {}
     attend = compiled(flex_attention, device, dynamic=False, **mode)
     scale = shape.dim**-0.5
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        return attend(*heads_first, block_mask=blocks, scale=scale, kernel_options=tile).transpose(1, 2)
+        return attend(*heads_first, block_mask=blocks, scale=scale, kernel_options=options).transpose(1, 2)
 
     return Whole(call)
 
@@ -337,9 +344,9 @@ def compare(rec: Recorder, shape: Shape, mask: Mask, candidates: list[Candidate]
                 break
             ready[phase][candidate.name] = prepare
     for phase in PHASES:
-        times = rec.attempt(f"{where} {phase}", partial(measure, ready[phase], rec.device))
+        times = rec.measure(f"{where} {phase}", ready[phase])
         if times:
-            _record(rec, shape, mask, phase, {name: asdict(time) for name, time in times.items()})
+            _record(rec, shape, mask, phase, times)
 
 
 def _record(rec: Recorder, shape: Shape, mask: Mask, phase: str, times: dict[str, dict[str, float]]) -> None:
@@ -386,7 +393,7 @@ def attention(rec: Recorder) -> None:
 
     for name, (module, _) in PACKAGES.items():
         if not installed(module):
-            rec.error(name, "not installed")
+            rec.error(name, "not installed, or its package does not import")
     plan: list[tuple[Callable[..., None], Shape, Mask, dict[str, Any], float]] = []
     masks: tuple[Mask, ...] = ("causal", "diagonal")
     plan += [(everything, shape, mask, {}, 5) for mask in masks for shape in shapes(rec.quick)]

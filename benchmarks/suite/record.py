@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from torch import Tensor
 import ard_kernels
 from ard_kernels.backends import PREFERRED, implementations
 from benchmarks.common import write_json
+from benchmarks.suite.timing import Prepare, measure
 
 T = TypeVar("T")
 
@@ -88,6 +90,16 @@ class Recorder:
         except Exception as error:  # peers fail in any way they like
             (self.fail if ours else self.error)(what, error)
             return None
+
+    def measure(self, what: str, candidates: Mapping[str, Prepare]) -> dict[str, dict[str, Any]]:
+        """The times of all by name, in turn; one that cannot be timed alone is left out."""
+        able = {
+            name: prepare for name, prepare in candidates.items()
+            if self.attempt(f"{what} {name}, timed", partial(measure, {name: prepare}, self.device, 1),
+                            ours=name.startswith("ours")) is not None
+        }  # fmt: skip
+        times = self.attempt(what, partial(measure, able, self.device)) or {}
+        return {name: asdict(time) for name, time in times.items()}
 
     def save(self) -> None:
         write_json(self._path, {"rows": self.rows, "errors": self.errors, "failures": self.failures,

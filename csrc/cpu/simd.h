@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <utility>
 
 #ifdef __AVX512F__
@@ -48,7 +49,7 @@ template <class T>
 struct Array {
     T* const start;
     explicit Array(std::int64_t count) : start(static_cast<T*>(std::malloc(count * sizeof(T)))) {
-        if (start == nullptr && count > 0) std::abort();
+        if (start == nullptr && count > 0) throw std::bad_alloc();
     }
     ~Array() { std::free(start); }
     Array(const Array&) = delete;

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,13 +146,19 @@ def test_a_finished_store_is_not_written_again(config: EncodeConfig) -> None:
 
 
 def test_a_killed_encoding_goes_on(config: EncodeConfig, tmp_path: Path) -> None:
-    """SIGKILL as soon as the first shard is there."""
+    """SIGKILL when the second shard has its bytes and not yet its checksum."""
     killed = replace(config, out=tmp_path / "killed")
-    process = subprocess.Popen(_command(killed), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not (killed.out / "shard-000000.safetensors").exists():
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    *python, code = _command(killed)
+    interrupted = (
+        "import os, signal; from ard import shards; write = shards.write_text\n"
+        "def interrupted(path, text):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL) if '000001' in path.name else write(path, text)\n"
+        f"shards.write_text = interrupted; {code}"
+    )
+    command = [*python, interrupted]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    written = {name for name in _files(killed.out) if name.startswith("shard")}
+    assert written == {"shard-000000.safetensors", "shard-000000.sha256", "shard-000001.safetensors"}
     encode(killed)
     left = {name: data for name, data in _files(killed.out).items() if not name.endswith(".tmp")}
     assert left == _files(config.out)

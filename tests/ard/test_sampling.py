@@ -3,6 +3,7 @@ alone."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import warnings
@@ -23,6 +24,7 @@ from ard.data import Stream, index_noise, to_uint8
 from ard.models import ARDTransformer
 from ard.sampling import SampleConfig, run
 from ard.trajectories import TrajectoryStore
+from ard_kernels import use_backend
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +224,22 @@ def test_a_pass_that_cannot_be_recorded_runs_without_and_is_reported_once(
         assert not _replayed(pretend)
     with pytest.raises(RuntimeError, match="not permitted"):
         _replayed(pretend, cuda_graph=True)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_is_of_its_settings(model: ARDTransformer) -> None:
+    """What chooses the kernels changes between calls with the same shapes."""
+    student, (noise, labels) = copy.deepcopy(model).cuda(), _inputs(3, 0, "cuda")
+    results = []
+    for enabled, backend in ((False, None), (True, None), (True, "eager"), (False, None), (True, None)):
+        forced = contextlib.nullcontext() if backend is None else use_backend(backend)
+        with torch.autocast("cuda", torch.bfloat16, enabled=enabled), forced:
+            exact = ard.sample(student, noise, labels, cuda_graph=False)
+            for graph in (None, None, True):
+                assert torch.equal(ard.sample(student, noise, labels, cuda_graph=graph), exact)
+        results.append(exact)
+    assert not torch.equal(results[0], results[1])
+    assert torch.equal(results[1], results[4])
 
 
 @pytest.mark.gpu

@@ -41,9 +41,10 @@ def _assert_accurate(
     smaller: inputs are unit normal, so 1 is the size of the terms that cancel to a small result. An operator
     that rounds an intermediate result to `stored` has that dtype's epsilon where it is the larger one.
 
-    Below float64 the root mean square error is at most 1.5 times that of `plain`, or two epsilons where
-    `plain` happens to be exact (with a single visible key its gradients of q and k are zero, and a fused
-    kernel's are a rounding error).
+    Below float64 the root mean square error is at most 1.5 times that of `plain`, or what rounding costs
+    anyway: 1.5 epsilons in float32, half of one in half precision. Two where `plain` happens to be exact
+    (with a single visible key its gradients of q and k are zero, and a fused kernel's are a rounding error),
+    and where an intermediate result is stored otherwise.
     """
     assert len(got) == len(exact) == len(plain)
     for i, (g, e, p) in enumerate(zip(got, exact, plain, strict=True)):
@@ -57,7 +58,9 @@ def _assert_accurate(
         rms, dense_rms = (float(x.square().mean().sqrt()) for x in (error, dense))
         assert largest <= units, f"tensor {i}: error {largest:.2f} eps, allowed {units}"
         if g.dtype != torch.float64:
-            assert rms <= max(1.5 * dense_rms, 2.0), (
+            alike = stored in (None, g.dtype) and dense_rms > 1e-3
+            anyway = (1.5 if g.dtype == torch.float32 else 0.5) if alike else 2.0
+            assert rms <= max(1.5 * dense_rms, anyway), (
                 f"tensor {i}: rms error {rms:.3f} eps, dense composition {dense_rms:.3f}"
             )
 

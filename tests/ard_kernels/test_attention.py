@@ -64,7 +64,7 @@ def _check(
     got = _run(ours, inputs, dout, *args, **kwargs)
     exact = _run(meaning, tuple(x.double() for x in inputs), dout, *args, **kwargs)
     plain = _run(meaning, inputs, dout, *args, **kwargs)
-    assert_accurate(got, exact, plain, _UNITS[inputs[0].dtype], products(inputs[0].dtype))
+    assert_accurate(got, exact, plain, _UNITS[products(inputs[0].dtype)], products(inputs[0].dtype))
 
 
 def _examples(backend: str) -> settings:
@@ -375,3 +375,22 @@ def test_bad_cached_arguments_are_named(change: dict[str, Any], message: str) ->
     good = {"q": _GOOD["q"][:, RAGGED.slice(2)], "k_cache": _GOOD["k"], "v_cache": _GOOD["v"], "block": 2}
     with pytest.raises(ValueError, match="^cached_block_attention: " + message):
         cached_block_attention(**{**good, "layout": RAGGED, **change})
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_attention_follows_the_layout(dynamic: bool | None) -> None:
+    """A second layout, or dynamic shapes: its lengths are then no constants of the graph."""
+    torch.compiler.reset()
+
+    def twice(x: Tensor, layout: BlockLayout) -> Tensor:
+        return block_attention(x, x * 2, x + 1, layout, "window")
+
+    compiled = torch.compile(twice, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for layout in (BlockLayout.uniform(2, 8), BlockLayout.uniform(2, 12), BlockLayout((3, 5, 4))):
+        x = torch.randn(2, layout.total, 2, 16)
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        got, wanted = compiled(leaves[0], layout), twice(leaves[1], layout)
+        torch.testing.assert_close(got, wanted)
+        for out in (got, wanted):
+            out.square().sum().backward()  # type: ignore[no-untyped-call]
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ard_kernels
 from ard_kernels import BlockLayout, block_attention, reference, use_backend
-from ard_kernels.backends import forced
+from ard_kernels.backends import _warn, choose, forced
 
 
 def test_every_backend_is_listed_with_a_reason() -> None:
@@ -168,6 +170,78 @@ def test_where_no_gradient_arrives_none_is_made(operator: str, backend: str) -> 
         out = _Stop.apply(_ONE_ARGUMENT[operator](ard_kernels)(x))
         (out.sum() + x.sum()).backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(x.grad, torch.ones_like(x), rtol=0, atol=0)
+
+
+def test_a_slower_path_is_reported_once(recwarn: pytest.WarningsRecorder) -> None:
+    """On a GPU, by name, with the reason, for the line that called."""
+    refusing, taking = (SimpleNamespace(supports=lambda *_, r=r: r) for r in ("it is Tuesday", None))
+    _warn.cache_clear()
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda")
+        for _ in range(2):
+            chosen = choose("adaln", {"triton": refusing, "eager": taking}, x)  # type: ignore[dict-item]
+            assert chosen == "eager"
+    (warning,) = recwarn.list
+    assert str(warning.message) == (
+        "adaln: backend 'triton' cannot be used, a slower one takes its place: it is Tuesday"
+    )
+    assert warning.filename == __file__
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_graph_that_names_the_wrong_backend_is_an_error(dtype: torch.dtype) -> None:
+    """One traced on other tensors, or where there are compiled kernels: they would read what is not there."""
+    q, x = torch.zeros(1, 5, 2, 16, dtype=dtype), _X.to(dtype)
+    table, operators = _TABLE.to(dtype), torch.ops.ard_kernels
+    for call in (
+        lambda: operators.block_attention(q, q, q, (2, 3), "causal", 0.25, -1, "native"),
+        lambda: operators.adaln(x, table, table, (2, 3), 1e-6, dtype, "native"),
+        lambda: operators.gated_residual(x, x, table, (2, 3), "native"),
+    ):
+        with pytest.raises(ValueError, match="this graph was traced for the backend 'native': a tensor"):
+            call()
+
+
+def test_the_new_way_to_allow_tf32_is_understood() -> None:
+    """A process of its own: PyTorch refuses to mix it with the old one."""
+    done = _python(
+        "import torch\n"
+        "from ard_kernels.backends.attention_triton import supports\n"
+        "q = torch.empty(1, 16, 1, 16, device='meta')\n"
+        "print('in TF32' in supports(q))\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "print(supports(q))"
+    )
+    assert done.stdout.split() == ["True", "None"], done.stderr
+
+
+def test_backends_forced_by_several_threads_end_one_by_one() -> None:
+    entered, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with use_backend("native"):
+            entered.set()
+            left.wait(10)
+            seen.append(forced())
+
+    seen: list[str | None] = []
+    thread = threading.Thread(target=other)
+    with use_backend("eager"):
+        thread.start()
+        assert entered.wait(10)
+    left.set()
+    thread.join()
+    assert seen == ["native"]
+
+
+def test_numbers_are_no_tensors() -> None:
+    q = torch.zeros(1, 5, 1, 16)
+    with pytest.raises(ValueError, match=r"^block_attention: scale is Tensor, accepted is a number"):
+        block_attention(q, q, q, _LAYOUT, scale=torch.tensor(0.3, requires_grad=True))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^adaln: eps is str"):
+        ard_kernels.adaln(_X, _TABLE, _TABLE, _LAYOUT, eps="small")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"has shape \(1, 5, 0, 16\), accepted is .*H and Dh >= 1"):
+        block_attention(q[:, :, :0], q[:, :, :0], q[:, :, :0], _LAYOUT)
 
 
 def test_forward_mode_of_pytorchs_gelu_is_pytorchs() -> None:

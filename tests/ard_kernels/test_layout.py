@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -71,6 +73,7 @@ def test_value_semantics() -> None:
     assert layout == BlockLayout(n for n in (2, 2, 2))
     assert hash(layout) == hash(BlockLayout([2, 2, 2]))
     assert layout != BlockLayout((2, 2))
+    assert dataclasses.replace(layout, lengths=(1, 4)).bounds == (0, 1, 5)
     with pytest.raises(AttributeError):
         layout.lengths = (1,)  # type: ignore[misc]
 
