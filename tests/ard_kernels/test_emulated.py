@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -18,7 +19,7 @@ from torch import Tensor
 from variants import gradients, normal
 
 from ard_kernels import BlockLayout, block_attention, reference
-from ard_kernels.backends import adaln_native, attention_native, native
+from ard_kernels.backends import adaln_native, native
 from ard_kernels.layout import MASKS
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -28,18 +29,22 @@ _PAIRS = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfl
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """ard_kernels._C, built with both emulations."""
-    folder = tmp_path_factory.mktemp("emulated")
+    """ard_kernels._C, built with both emulations, by the first of the test processes that gets here."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    folder = shared / "emulated"
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     assert shutil.which("ninja", path=environment["PATH"]) is not None
-    for command in (
-        ["cmake", "-G", "Ninja", "-S", _ROOT, "-B", folder, "-DARD_CUDA=host",
-         "-DARD_INSTRUCTION_SETS=portable;amx_emulated", f"-DPython_EXECUTABLE={sys.executable}",
-         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
-        ["cmake", "--build", folder],
-    ):  # fmt: skip
-        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    with (shared / "emulated.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            ["cmake", "-G", "Ninja", "-S", _ROOT, "-B", folder, "-DARD_CUDA=host",
+             "-DARD_INSTRUCTION_SETS=portable;amx_emulated", f"-DPython_EXECUTABLE={sys.executable}",
+             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
+            ["cmake", "--build", folder],
+        ):  # fmt: skip
+            done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
     (built,) = folder.glob("_C.*.so")
     spec = importlib.util.spec_from_file_location("emulated._C", built)
     assert spec is not None
@@ -59,7 +64,7 @@ def amx(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     if not able:
         pytest.skip("around the emulated tiles run AVX-512 bfloat16 instructions, which this processor lacks")
     emulated.use_instruction_set("amx_emulated")
-    monkeypatch.setattr(attention_native, "C", emulated)
+    monkeypatch.setattr(native, "C", emulated)
 
 
 @pytest.fixture(params=["clusters", "partial sums", pytest.param("device", marks=pytest.mark.gpu)])
