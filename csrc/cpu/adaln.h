@@ -42,6 +42,25 @@ static void table_row(const Tensor& table, std::int64_t b, std::int64_t s, std::
     });
 }
 
+// Whether results go past the caches: what is this large is not there any more when it is read.
+constexpr std::int64_t LARGE = 32 << 20;
+
+static bool large(const Adaln& a, const Tensor& one, const Tensor& other) {
+    std::int64_t bytes = 0;
+    for (const Tensor* x : {&one, &other}) {
+        if (x->data == nullptr) continue;
+        const std::int64_t row = a.width * (x->dtype == DType::f32 ? sizeof(float) : sizeof(bf16));
+        if (row % 64 != 0 || reinterpret_cast<std::uintptr_t>(x->data) % 64 != 0) return false;
+        bytes += a.batch * a.layout.total() * row;
+    }
+    return bytes >= LARGE;
+}
+
+template <class T>
+static inline void put(T* p, vf x, int n, bool past) {
+    past ? stream(p, x) : put(p, x, n);  // a large row is whole vectors
+}
+
 struct Unit {
     std::int64_t b, s, first, rows;  // first: token of the sample
 };
@@ -73,7 +92,7 @@ struct Units {
 };
 
 template <class X, class Branch, class Y>
-static void forward_rows(const Adaln& a, const Unit& unit) {
+static void forward_rows(const Adaln& a, const Unit& unit, bool past) {
     const std::int64_t D = a.width, T = a.layout.total();
     float* gate = static_cast<float*>(scratch(4 * D * sizeof(float)));
     float *shift = gate + D, *scale = shift + D, *row = scale + D;
@@ -89,8 +108,9 @@ static void forward_rows(const Adaln& a, const Unit& unit) {
         vf total{};
         if (branch != nullptr) {
             columns(D, [&](std::int64_t i, int n) {
-                put(residual + i, get(x + i, n) + get(gate + i, n) * get(branch + i, n), n);
-                const vf kept = get(residual + i, n);  // as it is stored
+                const vf both = get(x + i, n) + get(gate + i, n) * get(branch + i, n);
+                const vf kept = as_stored(residual, both);
+                put(residual + i, both, n, past);
                 put(row + i, kept, n);
                 total += kept;
             });
@@ -113,14 +133,15 @@ static void forward_rows(const Adaln& a, const Unit& unit) {
         a.mean[r] = mean;
         a.rstd[r] = rstd;
         columns(D, [&](std::int64_t i, int n) {
-            put(y + i, (get(row + i, n) - mean) * rstd * get(scale + i, n) + get(shift + i, n), n);
+            put(y + i, (get(row + i, n) - mean) * rstd * get(scale + i, n) + get(shift + i, n), n, past);
         });
     }
+    if (past) arrived();
 }
 
 // partial: sums over the unit's rows for gate, shift and scale, of width D each.
 template <class X, class Branch, class Y>
-static void backward_rows(const Adaln& a, const Unit& unit, float* partial) {
+static void backward_rows(const Adaln& a, const Unit& unit, float* partial, bool past) {
     const std::int64_t D = a.width, T = a.layout.total();
     float* gate = static_cast<float*>(scratch(2 * D * sizeof(float)));
     float* scale = gate + D;
@@ -155,13 +176,14 @@ static void backward_rows(const Adaln& a, const Unit& unit, float* partial) {
                 d = rstd * (get(dy + i, n) * get(scale + i, n) - first - normed * second);
             }
             if (dx_in != nullptr) d += get(dx_in + i, n);
-            if (dx != nullptr) put(dx + i, d, n);
+            if (dx != nullptr) put(dx + i, d, n, past);
             if (gated) {
-                put(dbranch + i, d * get(gate + i, n), n);
+                put(dbranch + i, d * get(gate + i, n), n, past);
                 put(dgate + i, get(dgate + i, n) + d * get(branch + i, n), n);
             }
         });
     }
+    if (past) arrived();
 }
 
 // Partial sums that are added up before they join a total: at 4,096 rows the error is 1.2 epsilons, as PyTorch's, and 1.9
@@ -197,9 +219,10 @@ static void typed(DType x, DType branch, DType y, const F& f) {
 
 static void adaln_forward(const Adaln& a, int threads) {
     const Units units(a.layout);
+    const bool past = large(a, a.residual, a.y);
     parallel(threads, a.batch * units.per_sample(), [&](std::int64_t unit) {
         typed(a.x.dtype, a.branch.dtype, a.y.dtype, [&](auto x, auto branch, auto y) {
-            forward_rows<decltype(x), decltype(branch), decltype(y)>(a, units[unit]);
+            forward_rows<decltype(x), decltype(branch), decltype(y)>(a, units[unit], past);
         });
     });
 }
@@ -208,11 +231,12 @@ static void adaln_backward(const Adaln& a, int threads) {
     const Units units(a.layout);
     const std::int64_t D = a.width, S = a.layout.blocks, count = a.batch * units.per_sample();
     const Array<float> partial(count * 3 * D);
+    const bool past = large(a, a.dx, a.dbranch);
     parallel(threads, count, [&](std::int64_t unit) {
         typed(a.dx_in.data != nullptr ? a.dx_in.dtype : a.x.dtype, a.branch.dtype, a.dy.dtype,
               [&](auto x, auto branch, auto y) {
                   backward_rows<decltype(x), decltype(branch), decltype(y)>(
-                      a, units[unit], partial.start + unit * 3 * D);
+                      a, units[unit], partial.start + unit * 3 * D, past);
               });
     });
     parallel(threads, a.batch * S, [&](std::int64_t row) {

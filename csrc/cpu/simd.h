@@ -140,6 +140,27 @@ static inline void put(T* p, vf x, int n) {
     n == W ? store(p, x) : store(p, x, n);
 }
 
+// As it will be read again.
+static inline vf as_stored(const float*, vf x) { return x; }
+
+static inline vf as_stored(const bf16*, vf x) { return bits<vf>(widened(rounded(x)) << 16); }
+
+// Past the caches, without reading what is replaced; p starts a vector. `arrived` ends a series of them.
+#ifdef __AVX512F__
+static inline void stream(float* p, vf x) { _mm512_stream_ps(p, bits<__m512>(x)); }
+
+static inline void stream(bf16* p, vf x) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits<__m256i>(rounded(x)));
+}
+
+static inline void arrived() { _mm_sfence(); }
+#else
+template <class T>
+static inline void stream(T* p, vf x) { store(p, x); }
+
+static inline void arrived() {}
+#endif
+
 // f(first, how many) over the vectors of a row.
 template <class F>
 static inline void columns(std::int64_t width, const F& f) {

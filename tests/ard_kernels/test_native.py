@@ -212,3 +212,23 @@ def test_a_cached_step_is_the_rows_of_the_whole() -> None:
 def test_threads_are_those_of_pytorch() -> None:
     assert native.C is not None
     assert native.C.threaded()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_activations_are_those_of_their_samples(dtype: torch.dtype) -> None:
+    """Results of 32 MiB and more are stored past the caches, those of one sample are not: the same bits."""
+    layout, width = BlockLayout((512, 511)), 1152
+    batch = 8 if dtype == torch.bfloat16 else 4
+    x, branch, dx, dy = torch.randn(4, batch, layout.total, width).to(dtype)
+    tables = torch.randn(3, batch, 2, width).to(dtype)
+
+    def run(some: slice) -> list[Tensor]:
+        leaves = [t[some].clone().requires_grad_() for t in (x, branch, *tables)]
+        out = gated_residual_adaln(*leaves, layout)
+        return [*out, *torch.autograd.grad(out, leaves, (dx[some], dy[some]))]
+
+    whole = run(slice(None))
+    assert whole[0].numel() * whole[0].element_size() * 2 >= 32 << 20
+    for sample in (0, batch - 1):
+        for all_, one in zip(whole, run(slice(sample, sample + 1)), strict=True):
+            assert torch.equal(all_[sample : sample + 1], one)
