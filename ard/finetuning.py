@@ -186,12 +186,10 @@ def finetune(config: FinetuneConfig) -> None:
     o = config.optimisation
     _check(config)
     accelerator = accelerator_for(o, unused=True)
+    store: Trajectories | None = None if config.trajectories is None else TrajectoryStore(config.trajectories)
     student, trained = load_student(config.regression / "student")
-    store: Trajectories
-    if config.trajectories is None:
+    if store is None:
         store = live_trajectories(config.teacher, trained, o)
-    else:
-        store = TrajectoryStore(config.trajectories)
     teacher, diffusion = load_teacher(config.teacher)
     store.check_teacher(config.teacher)
     if config.discriminator_time == "fixed" and not 0 <= config.fixed_time < diffusion.timesteps:

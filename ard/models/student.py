@@ -185,7 +185,8 @@ class ARDTransformer(nn.Module, Pretrained):
 
     def cache(self, batch: int, device: torch.device) -> KVCache:
         """An empty cache for `step`, of the dtype that keys and values have: autocast's, or the weights'."""
-        autocast = torch.is_autocast_enabled(device.type)
+        meta = device.type == "meta"  # which autocast does not know
+        autocast = not meta and torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.pos_embed.dtype
         return KVCache(
             self.layout,

@@ -331,7 +331,7 @@ def test_options_that_cannot_work_are_refused(config: EncodeConfig, tmp_path: Pa
 
 def test_without_diffusers_the_extra_is_named(config: EncodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ValueError, match=r"needs the extra `diffusers` \(pip install 'ard\[diffusers\]'\)"):
+    with pytest.raises(ValueError, match=r"needs the extra `diffusers` \(pip install '\.\[diffusers\]'"):
         encode(config)
 
 
