@@ -263,24 +263,24 @@ def save_student(
 
 
 @contextlib.contextmanager
-def _described(folder: Path, wanted: str, accepted: Container[str | None]) -> Iterator[dict[str, Any]]:
+def _described(folder: Path, accepted: Container[str | None], wanted: str) -> Iterator[dict[str, Any]]:
     """The description in a folder; one that does not describe a model is an error in the block, too."""
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG} there; accepted is a folder written by this project")
     description = read_json(folder / CONFIG)
     found = description.get("class") if isinstance(description, dict) else None
     if found not in accepted:
-        hint = ", or a subclass whose module has been imported" if wanted == "DiT" else ""
-        raise ValueError(f"{folder / CONFIG}: holds a {found}, wanted is a {wanted}{hint}")
+        raise ValueError(f"{folder / CONFIG}: holds a {found}, wanted is a {wanted}")
     try:
         yield description
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / CONFIG}: does not describe a {wanted} ({error})") from None
+        raise ValueError(f"{folder / CONFIG}: does not describe a {found} ({error})") from None
 
 
 def load_teacher(folder: Path) -> tuple[DiT, Diffusion]:
     """The DiT of a folder, in evaluation mode and without gradients, and its noise schedule."""
-    with _described(folder, "DiT", DiT.classes) as description:
+    known = "DiT, or a subclass whose module has been imported"
+    with _described(folder, DiT.classes, known) as description:
         model = DiT.classes[description["class"]](**description["config"])
         diffusion = Diffusion(**description["diffusion"])
     load_weights(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
@@ -290,7 +290,7 @@ def load_teacher(folder: Path) -> tuple[DiT, Diffusion]:
 
 def load_student(folder: Path) -> tuple[ARDTransformer, dict[str, Any]]:
     """The student of a folder, in evaluation mode and without gradients, and what it was trained on."""
-    with _described(folder, "ARDTransformer", ["ARDTransformer"]) as description:
+    with _described(folder, ["ARDTransformer"], "ARDTransformer") as description:
         model, trajectories = ARDTransformer(**description["config"]), description["trajectories"]
     load_weights(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
     model.trajectories = trajectories

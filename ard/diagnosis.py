@@ -22,14 +22,14 @@ from tqdm import tqdm
 from ard.checkpoints import load_student, replacing, write_json
 from ard.data import Stream, check_counts, check_seed, index_noise
 from ard.models import ARDTransformer
-from ard.precision import Precision, computing
+from ard.precision import PrecisionConfig, computing
 from ard.runs import plain, versions
 from ard.shards import worker_device
 from ard.trajectories import TrajectoryStore
 
 
 @dataclass(frozen=True)
-class DiagnoseConfig:
+class DiagnoseConfig(PrecisionConfig):
     """Measure the exposure bias of students on recorded trajectories that they were not trained on: the error
     of every step given the teacher's history, given their own, and given their own with a perturbed newest
     state."""
@@ -47,9 +47,6 @@ class DiagnoseConfig:
     """How many of the trajectories; default: all."""
     batch_size: int = 100
     """Samples per pass."""
-    precision: Precision = "no"
-    """In which the student computes: float32, float32 with TF32 products on a GPU, or bf16 autocast. On a GPU
-    attention in float32 without TF32 has no kernel and is slow."""
     sizes: tuple[float, ...] = (0.05, 0.1, 0.2)
     """Root mean squares of the Gaussian perturbations, in the units of the states."""
     seed: int = 0

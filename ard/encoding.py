@@ -16,14 +16,14 @@ from torch import Tensor
 
 from ard.checkpoints import read_json, sha256
 from ard.data import ImageFolder, LatentStore, Stream, check_counts, check_seed, index_noise
-from ard.precision import Precision, computing
+from ard.precision import PrecisionConfig, computing
 from ard.shards import DTYPES, Shards, StoredDtype, worker, worker_device
 
 _VAE_CONFIG, _VAE_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
-class EncodeConfig:
+class EncodeConfig(PrecisionConfig):
     """Encode a folder of images with a VAE, as they are and mirrored. A store that is there is continued;
     processes may share the work."""
 
@@ -41,8 +41,6 @@ class EncodeConfig:
     """Images per file."""
     batch_size: int = 16
     """Images per pass of the VAE, in which each is twice."""
-    precision: Precision = "no"
-    """In which the VAE computes: float32, float32 with TF32 products on a GPU, or bf16 autocast."""
     seed: int = 0
     """Seed of the noise by which latents are sampled; that of an image depends on (seed, its index) alone."""
 

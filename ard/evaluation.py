@@ -33,7 +33,7 @@ from ard.data import DEBIAN_FOLDER, Dataset, ImageFolder, check_counts, load_ima
 from ard.encoding import decode, load_decoder
 from ard.models.classifier import Classifier
 from ard.pictures import image_grid, save_png
-from ard.precision import Precision, computing
+from ard.precision import PrecisionConfig, computing
 from ard.runs import Run, checkpoints, plain, versions
 from ard.sampling import sample
 from ard.shards import worker_device
@@ -42,6 +42,8 @@ from ard.trajectories import TrajectoryStore
 
 # Neighbours of a point whose farthest gives its radius: Kynkaanniemi et al., arXiv 1904.06991, section 3.
 _NEIGHBOURS = 3
+# Images that a feature network sees at once: the largest of Inception's activations is 5.5 MB an image.
+_BATCH = 250
 
 
 @dataclass(frozen=True)
@@ -114,19 +116,9 @@ def inception_extractor(weights: Path) -> Extractor:
 
 
 @torch.no_grad()
-def extract(extractor: Extractor, images: Tensor, batch: int = 250) -> Tensor:
+def extract(extractor: Extractor, images: Tensor, batch: int = _BATCH) -> Tensor:
     """Features (n, d) float32 of images (n, C, h, w) uint8."""
     return torch.cat([extractor.features(part).float() for part in images.split(batch)])
-
-
-@torch.no_grad()
-def class_consistency(extractor: Extractor, images: Tensor, labels: Tensor, batch: int = 250) -> float | None:
-    """Share of images (n, C, h, w) uint8 that the network takes for their label (n,); None where it has no
-    classes."""
-    if extractor.classes is None:
-        return None
-    found = torch.cat([extractor.classes(part) for part in images.split(batch)])
-    return float((found == labels).float().mean())
 
 
 @dataclass(frozen=True)
@@ -218,33 +210,40 @@ def _metrics(features: Tensor, extractor: Extractor, reference: Statistics) -> d
 _SHOWN = 20  # on the picture
 
 
-class _Seen:
-    """What an extractor makes of images that come in batches; of the images it keeps the first alone."""
+class Judged:
+    """What a network makes of images that come in batches, and the first of the images."""
 
     def __init__(self, extractor: Extractor) -> None:
-        self.extractor, self.right = extractor, 0
-        self.features: list[Tensor] = []
-        self.first: Tensor | None = None
+        self._extractor, self._right = extractor, 0
+        self._features: list[Tensor] = []
+        self._first: list[Tensor] = []
 
     @torch.no_grad()
     def add(self, images: Tensor, labels: Tensor) -> None:
         """(n, C, h, w) uint8, (n,)."""
-        if self.first is None:
-            self.first = images[:_SHOWN]
-        elif len(self.first) < _SHOWN:
-            self.first = torch.cat([self.first, images])[:_SHOWN]
-        self.features.append(extract(self.extractor, images))
-        if self.extractor.classes is not None:
-            self.right += int((self.extractor.classes(images) == labels).sum())
+        if sum(map(len, self._first)) < _SHOWN:
+            self._first.append(images)
+        for part, wanted in zip(images.split(_BATCH), labels.split(_BATCH), strict=True):
+            self._features.append(extract(self._extractor, part))
+            if self._extractor.classes is not None:
+                self._right += int((self._extractor.classes(part) == wanted).sum())
+
+    @property
+    def first(self) -> Tensor:
+        return torch.cat(self._first)[:_SHOWN]
+
+    @property
+    def consistency(self) -> float | None:
+        """Share of the images that the network takes for their label; None where it has no classes."""
+        return None if self._extractor.classes is None else self._right / sum(map(len, self._features))
 
     def report(self, reference: Statistics) -> dict[str, Any]:
-        features = torch.cat(self.features)
-        consistency = None if self.extractor.classes is None else self.right / len(features)
-        return {**_metrics(features, self.extractor, reference), "consistency": consistency}
+        metrics = _metrics(torch.cat(self._features), self._extractor, reference)
+        return {**metrics, "consistency": self.consistency}
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(PrecisionConfig):
     """Evaluate a student on recorded trajectories that it was not trained on (`ard record` with another
     seed)."""
 
@@ -258,9 +257,6 @@ class EvaluateConfig:
     """How many of the trajectories; default: all."""
     batch_size: int = 100
     """Samples per pass."""
-    precision: Precision = "no"
-    """In which the student computes: float32, float32 with TF32 products on a GPU, or bf16 autocast. On a GPU
-    attention in float32 without TF32 has no kernel and is slow."""
     vae: Path | None = None
     """Of a student of latents: folder of a diffusers AutoencoderKL that decodes them."""
     classifier: Path = ASSETS / "classifier"
@@ -302,7 +298,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )
     _check_reference(extract(extractor, one), extractor, reference)
     student.to(device)
-    seen = {"student": _Seen(extractor), "teacher": _Seen(extractor)}
+    seen = {"student": Judged(extractor), "teacher": Judged(extractor)}
     errors, seconds = torch.zeros(student.steps, dtype=torch.float64), 0.0
     for indices in tqdm(torch.arange(count).split(config.batch_size), desc="sample", mininterval=1.0):
         states, labels = store.states(indices, grid, state)
@@ -322,7 +318,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "config": plain(config), "versions": versions(),
     }  # fmt: skip
     write_json(config.out / "evaluation.json", report)
-    pairs = torch.cat([seen[name].first for name in ("teacher", "student")])  # type: ignore[misc]
+    pairs = torch.cat([seen[name].first for name in ("teacher", "student")])
     picture = image_grid(pairs.float() / 127.5 - 1, columns=min(_SHOWN, count))
     save_png(config.out / "samples.png", picture)
     return report

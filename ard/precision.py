@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 Precision = Literal["no", "tf32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Of commands that run a network without training it."""
+
+    precision: Precision = "no"
+    """In which the network computes: float32, float32 with TF32 products on a GPU, or bf16 autocast. On a GPU
+    attention in float32 without TF32 has no kernel and is slow."""
 
 
 @contextmanager

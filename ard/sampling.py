@@ -22,7 +22,7 @@ from ard.data import Stream, check_counts, check_seed, index_noise, to_uint8
 from ard.encoding import decode, load_decoder
 from ard.models import ARDTransformer
 from ard.pictures import image_grid, save_png
-from ard.precision import Precision, computing
+from ard.precision import PrecisionConfig, computing
 from ard.shards import worker_device
 from ard_kernels.backends import forced
 
@@ -207,7 +207,7 @@ def _key(noise: Tensor, labels: Tensor) -> Hashable:
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(PrecisionConfig):
     """Sample from a student: a picture grid, and all images as an .npz for the ADM evaluator.
 
     What a student in a latent space makes is decoded by --vae, or kept as it is by --latents.
@@ -227,9 +227,6 @@ class SampleConfig:
     seed: int = 0
     """Seed of the noise. That of sample i is a function of (seed, i), and not that of a trajectory of `ard
     record`."""
-    precision: Precision = "no"
-    """In which the student computes: float32, float32 with TF32 products on a GPU, or bf16 autocast. On a GPU
-    attention in float32 without TF32 has no kernel and is slow."""
     latents: bool = False
     """Write the result's float32 values (n, C, h, w) instead of uint8 images."""
     vae: Path | None = None

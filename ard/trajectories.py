@@ -27,7 +27,7 @@ from torch import Tensor
 from ard.checkpoints import WEIGHTS, load_teacher, sha256
 from ard.data import check_counts, check_seed, index_noise, shuffled
 from ard.diffusion import Solver, check_solver, guided
-from ard.precision import Precision, computing
+from ard.precision import PrecisionConfig, computing
 from ard.shards import DTYPES, Shards, StoredDtype, worker, worker_device
 
 State = Literal["x0", "xt"]
@@ -39,8 +39,8 @@ _RELEASED = {1: (25, 0), 2: (25, 10, 0), 4: (25, 15, 10, 5, 0), 5: (25, 20, 15, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverConfig:
-    """How a teacher makes trajectories."""
+class SolverConfig(PrecisionConfig):
+    """How a teacher makes trajectories. The solver itself is float32 in every precision."""
 
     solver_steps: int = 25
     """Steps of the solver."""
@@ -55,9 +55,6 @@ class SolverConfig:
     """How tensors are stored."""
     batch_size: int = 100
     """Samples per pass of the solver."""
-    precision: Precision = "no"
-    """In which the teacher computes: float32, float32 with TF32 products on a GPU, or bf16 autocast; the
-    solver itself is float32."""
     seed: int = 0
     """Seed of the noise."""
 

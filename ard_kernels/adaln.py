@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ard_kernels.backends import check_number, choose, implementations
+from ard_kernels.backends import autocast_dtype, check_number, choose, implementations
 from ard_kernels.layout import BlockLayout, described
 
 _BACKENDS = implementations("adaln")
@@ -88,9 +88,7 @@ def gated_residual_adaln(
 
 
 def _branch_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    autocast = not x.is_meta and torch.is_autocast_enabled(device)  # autocast does not know the meta device
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
+    return autocast_dtype(x.device) or x.dtype
 
 
 def _check(name: str, layout: BlockLayout, streams: dict[str, Tensor], **tables: Tensor) -> None:

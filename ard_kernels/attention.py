@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ard_kernels.backends import check_number, choose, implementations
+from ard_kernels.backends import autocast_dtype, check_number, choose, implementations
 from ard_kernels.layout import BlockLayout, Mask, check_mask, described
 
 _BACKENDS = implementations("attention")
@@ -76,8 +76,8 @@ def _call(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     check_number(name, "scale", scale)
-    if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # autocast does not know the meta device
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = autocast_dtype(q.device)
+    if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     backend = choose(name, _BACKENDS, q, k, v)
     out, _ = _block_attention(q, k, v, layout.lengths, mask, scale, block, backend)

@@ -32,11 +32,10 @@ from ard.costs import dit_macs, student_macs
 from ard.data import to_uint8
 from ard.diffusion import guided
 from ard.evaluation import (
+    Judged,
     Statistics,
-    class_consistency,
     classifier_extractor,
     evaluate_checkpoints,
-    image_metrics,
 )
 from ard.finetuning import FinetuneConfig, finetune
 from ard.models import ARDTransformer
@@ -240,9 +239,9 @@ def _teacher_metrics(config: TableConfig, folder: str) -> dict[str, Any]:
         store = TrajectoryStore(config.out / folder)
         states, labels = store.states(torch.arange(len(store)), store.grid(1), "x0")
         extractor = classifier_extractor(ASSETS / "classifier")
-        images = to_uint8(states[:, -1])
-        metrics = image_metrics(images, extractor, Statistics.load(ASSETS / "statistics.safetensors"))
-        write_json(target, {**metrics, "consistency": class_consistency(extractor, images, labels)})
+        judged = Judged(extractor)
+        judged.add(to_uint8(states[:, -1]), labels)
+        write_json(target, judged.report(Statistics.load(ASSETS / "statistics.safetensors")))
     found: dict[str, Any] = read_json(target)
     return found
 

@@ -15,6 +15,7 @@ from ard.models.dit import DiT, FinalLayer, run_layers, unpatchify
 from ard.models.history import KVCache, TeacherForced
 from ard.models.pretrained import Pretrained
 from ard_kernels import BlockLayout
+from ard_kernels.backends import autocast_dtype
 from ard_kernels.layout import Mask, check_mask
 
 
@@ -185,9 +186,6 @@ class ARDTransformer(nn.Module, Pretrained):
 
     def cache(self, batch: int, device: torch.device) -> KVCache:
         """An empty cache for `step`, of the dtype that keys and values have: autocast's, or the weights'."""
-        meta = device.type == "meta"  # which autocast does not know
-        autocast = not meta and torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.pos_embed.dtype
         return KVCache(
             self.layout,
             self.history_layers,
@@ -195,7 +193,7 @@ class ARDTransformer(nn.Module, Pretrained):
             batch,
             self.heads,
             self.width // self.heads,
-            dtype,
+            autocast_dtype(device) or self.pos_embed.dtype,
             device,
         )
 

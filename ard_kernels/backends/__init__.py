@@ -156,6 +156,12 @@ def check_tangents(where: str, *tensors: Tensor) -> None:
         )
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to there; None where it is off. It does not know the meta device."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
 def check_number(where: str, name: str, value: object) -> None:
     """An error for what is no number, a tensor above all: it would get no gradient."""
     if not isinstance(value, int | float | torch.SymFloat | torch.SymInt):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ard_kernels.backends import native
+from ard_kernels.backends import autocast_dtype, native
 from ard_kernels.backends.native import activations, given, rows
 from ard_kernels.layout import BlockLayout
 
@@ -24,7 +24,7 @@ def supports(*tensors: Tensor) -> str | None:
         return native.supports(*tensors)
     if native.CUDA_REASON is not None:
         return native.CUDA_REASON
-    out = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    out = autocast_dtype(x.device) or x.dtype
     if (x.dtype, out) not in ((torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)):
         return f"x is {x.dtype} and y would be {out}, accepted are float32 and bfloat16, x not the narrower"
     for tensor in rest:

@@ -141,6 +141,8 @@ def _checked(prepare: Prepare, exact: Any) -> Prepare:
 
 
 def _row(rec: Recorder, label: str, phase: str, times: dict[str, dict[str, float]]) -> None:
+    if not times:
+        return
     mine = next((name for name in times if name.startswith("ours")), None)  # what is chosen by default
     best = min((n for n in times if not n.startswith("ours")), key=lambda n: times[n]["ms"], default=None)
     ratio = times[best]["ms"] / times[mine]["ms"] if best and mine else None

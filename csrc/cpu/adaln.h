@@ -42,7 +42,8 @@ static void table_row(const Tensor& table, std::int64_t b, std::int64_t s, std::
     });
 }
 
-// Whether results go past the caches: what is this large is not there any more when it is read.
+// Whether results go past the caches: an L3 of 32 MiB does not hold them until they are read. (38 MB, bfloat16, two cores
+// of a Zen 5: the forward took 2.8 ms instead of 3.6.)
 constexpr std::int64_t LARGE = 32 << 20;
 
 static bool large(const Adaln& a, const Tensor& one, const Tensor& other) {

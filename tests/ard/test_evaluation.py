@@ -23,10 +23,10 @@ from ard.diffusion import Diffusion
 from ard.evaluation import (
     EvaluateConfig,
     Extractor,
+    Judged,
     Statistics,
     StatisticsConfig,
     TrainClassifierConfig,
-    class_consistency,
     classifier_extractor,
     evaluate,
     extract,
@@ -127,8 +127,13 @@ def test_class_consistency_of_real_images_is_the_accuracy() -> None:
     extractor = Extractor("by the mean", lambda x: x, lambda x: x.float().mean((1, 2, 3)).long() % 10)
     pixels = to_uint8(images.pixels)
     wanted = sum(int(float(x.float().mean())) % 10 == y for x, y in zip(pixels, images.labels, strict=True))
-    assert class_consistency(extractor, pixels, images.labels, batch=7) == pytest.approx(wanted / len(pixels))
-    assert class_consistency(Extractor("no classes", lambda x: x), pixels, images.labels) is None
+    judged, other = Judged(extractor), Judged(Extractor("no classes", lambda x: x))
+    for part, labels in zip(pixels.split(7), images.labels.split(7), strict=True):
+        judged.add(part, labels)
+        other.add(part, labels)
+    assert judged.consistency == pytest.approx(wanted / len(pixels))
+    assert other.consistency is None
+    assert torch.equal(judged.first, pixels[:20])
 
 
 def test_the_embedded_classifier_makes_the_embedded_statistics() -> None:
@@ -221,6 +226,18 @@ def test_a_student_of_another_teacher_is_refused(
     assert not (tmp_path / "report").exists()
 
 
+def _latents(folder: Path, samples: int) -> tuple[ARDTransformer, TrajectoryStore]:
+    """A student of 4 channels in `folder`/student, and trajectories of its teacher."""
+    teacher = tiny_teacher(channels=4, input_size=14)
+    save_teacher(folder / "teacher", teacher, Diffusion("linear", "v"))
+    record(RecordConfig(folder / "teacher", folder / "store", samples=samples))
+    store = TrajectoryStore(folder / "store")
+    student = ARDTransformer.from_teacher(teacher, steps=2, history_layers=1)
+    student.trajectories = store.summary(store.grid(2), "x0")
+    student.save_pretrained(folder / "student")
+    return student, store
+
+
 def test_latents_are_judged_as_the_images_that_they_stand_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,13 +262,7 @@ def test_latents_are_judged_as_the_images_that_they_stand_for(
         norm_num_groups=4, scaling_factor=0.5,
     )  # fmt: skip
     vae.save_pretrained(tmp_path / "vae")
-    teacher = tiny_teacher(channels=4, input_size=14)
-    save_teacher(tmp_path / "teacher", teacher, Diffusion("linear", "v"))
-    record(RecordConfig(tmp_path / "teacher", tmp_path / "store", samples=25))
-    store = TrajectoryStore(tmp_path / "store")
-    student = ARDTransformer.from_teacher(teacher, steps=2, history_layers=1)
-    student.trajectories = store.summary(store.grid(2), "x0")
-    student.save_pretrained(tmp_path / "student")
+    student, store = _latents(tmp_path, 25)
     config = EvaluateConfig(
         tmp_path / "student", store.folder, tmp_path / "report", batch_size=10, vae=tmp_path / "vae",
         inception=Path(), reference=reference,
@@ -276,13 +287,7 @@ def test_latents_are_judged_as_the_images_that_they_stand_for(
 def test_a_student_of_latents_is_refused_before_it_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teacher = tiny_teacher(channels=4, input_size=14)
-    save_teacher(tmp_path / "teacher", teacher, Diffusion("linear", "v"))
-    record(RecordConfig(tmp_path / "teacher", tmp_path / "store", samples=8))
-    store = TrajectoryStore(tmp_path / "store")
-    student = ARDTransformer.from_teacher(teacher, steps=2, history_layers=1)
-    student.trajectories = store.summary(store.grid(2), "x0")
-    student.save_pretrained(tmp_path / "student")
+    _latents(tmp_path, 8)
     monkeypatch.setattr("ard.evaluation.sample", lambda *_: pytest.fail("it sampled"))
     with pytest.raises(ValueError, match=r"images have 4 channels, Fashion-MNIST .* takes 1; .* --vae"):
         evaluate(EvaluateConfig(tmp_path / "student", tmp_path / "store", tmp_path / "report"))

@@ -48,3 +48,22 @@ def test_what_it_does_not_take_is_named() -> None:
         ValueError, match=r"cannot be used: head dim is 12, accepted are 16 to 128 in steps of 8"
     ):
         block_attention(*packed_qkv(4, 12).unbind(2), layout)
+
+
+def test_rows_too_far_apart_for_offsets_of_32_bits_are_copied() -> None:
+    storage = torch.empty(2**31 + 2**10, dtype=torch.float16, device="meta")
+    near, far = (storage.as_strided((1, 128, 1, 16), (2**31, step, 16, 1)) for step in (2**24 - 8, 2**24))
+    assert attention_triton._loadable(near) is near
+    assert attention_triton._loadable(far).stride(1) == 16
+
+
+@pytest.mark.gpu
+def test_a_first_call_in_a_cuda_graph_of_torch_compile() -> None:
+    """The table of a new layout is made while the graph's pool is in force, and outlives it."""
+    layout = BlockLayout((130, 70, 33))
+    q, k, v = packed_qkv(layout.total, 72, torch.bfloat16).cuda().unbind(2)
+    attend = torch.compile(lambda *x: block_attention(*x, layout), mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        got = attend(q, k, v).clone()
+    torch.testing.assert_close(got, block_attention(q, k, v, layout), rtol=0, atol=0)

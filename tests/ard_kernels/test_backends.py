@@ -215,6 +215,32 @@ def test_the_new_way_to_allow_tf32_is_understood() -> None:
     assert done.stdout.split() == ["True", "None"], done.stderr
 
 
+def test_other_gpus_get_the_slower_path_and_a_reason() -> None:
+    """ROCm's devices are called cuda, too, and its Triton takes other options."""
+    done = _python(
+        "import torch; torch.cuda.is_available = lambda: True; torch.version.hip = '6.4'\n"
+        "from ard_kernels import backends; print(backends()['triton'].reason)"
+    )
+    assert done.stdout == "the GPU is AMD's, accepted is NVIDIA's\n", done.stderr
+
+
+def test_too_little_memory_is_an_error_and_no_abort() -> None:
+    """Of the compiled adaLN backward, whose sums take 453 MB here, beside results of 377 MB."""
+    done = _python(
+        "import resource, torch\n"
+        "from ard_kernels import BlockLayout, gated_residual_adaln\n"
+        "layout = BlockLayout.uniform(4096, 1)\n"
+        "leaves = [torch.ones(8, 4096, 1152, dtype=torch.bfloat16, requires_grad=True) for _ in range(5)]\n"
+        "x, y = gated_residual_adaln(*leaves, layout)\n"
+        "(line,) = (line for line in open('/proc/self/status') if line.startswith('VmSize'))\n"
+        "resource.setrlimit(resource.RLIMIT_AS, ((int(line.split()[1]) << 10) + (600 << 20),) * 2)\n"
+        "try: torch.autograd.grad((x, y), leaves, (x.detach(), y.detach()))\n"
+        "except MemoryError: print('out of memory')",
+        ARD_KERNELS_BACKEND="native",
+    )
+    assert done.stdout == "out of memory\n", (done.returncode, done.stderr)
+
+
 def test_backends_forced_by_several_threads_end_one_by_one() -> None:
     entered, left = threading.Event(), threading.Event()
 
