@@ -161,6 +161,10 @@ static inline void stream(T* p, vf x) { store(p, x); }
 static inline void arrived() {}
 #endif
 
+// Into the second-level cache: into the first one fewer loads can be on their way. p may point behind everything.
+template <class T>
+static inline void fetch(const T* p) { __builtin_prefetch(p, 0, 2); }
+
 // f(first, how many) over the vectors of a row.
 template <class F>
 static inline void columns(std::int64_t width, const F& f) {
