@@ -40,7 +40,7 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, layout: BlockLayout, eps: flo
     _check("adaln", layout, {"x": x}, shift=shift, scale=scale)
     check_number("adaln", "eps", eps)
     backend = choose("adaln", _BACKENDS, x, shift, scale)
-    y, _, _ = _adaln(x, shift, scale, layout.lengths, eps, _branch_dtype(x), backend)
+    y, _, _ = _adaln(x, shift, scale, layout.runs, eps, _branch_dtype(x), backend)
     return cast(Tensor, y)
 
 
@@ -61,7 +61,7 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, layout: BlockLayout)
     """
     _check("gated_residual", layout, {"x": x, "branch": branch}, gate=gate)
     backend = choose("gated_residual", _BACKENDS, x, branch, gate)
-    return cast(Tensor, _gated_residual(x, branch, gate, layout.lengths, backend))
+    return cast(Tensor, _gated_residual(x, branch, gate, layout.runs, backend))
 
 
 def gated_residual_adaln(
@@ -82,7 +82,7 @@ def gated_residual_adaln(
     check_number("gated_residual_adaln", "eps", eps)
     backend = choose("gated_residual_adaln", _BACKENDS, x, branch, gate, shift, scale)
     x, y, _, _ = _gated_residual_adaln(
-        x, branch, gate, shift, scale, layout.lengths, eps, _branch_dtype(x), backend
+        x, branch, gate, shift, scale, layout.runs, eps, _branch_dtype(x), backend
     )
     return x, y
 
@@ -135,14 +135,14 @@ def _adaln(
     x: Tensor,
     shift: Tensor,
     scale: Tensor,
-    lengths: Sequence[int],
+    runs: Sequence[int],
     eps: float,
     out_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y and, for the backward, mean and reciprocal standard deviation, float32 (B, T)."""
     results: tuple[Tensor, Tensor, Tensor] = _BACKENDS[backend].adaln_forward(
-        x, shift, scale, BlockLayout(lengths), eps, out_dtype
+        x, shift, scale, BlockLayout.of_runs(runs), eps, out_dtype
     )
     return results
 
@@ -152,7 +152,7 @@ def _(
     x: Tensor,
     shift: Tensor,
     scale: Tensor,
-    lengths: Sequence[int],
+    runs: Sequence[int],
     eps: float,
     out_dtype: torch.dtype,
     backend: str,
@@ -163,11 +163,11 @@ def _(
 @torch.library.custom_op("ard_kernels::adaln_backward", mutates_args=())
 def _adaln_backward(
     dy: Tensor, dx_residual: Tensor | None, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
-    lengths: Sequence[int], backend: str,
+    runs: Sequence[int], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, shift and scale; `dx_residual` is x's gradient from elsewhere, added on the way."""
     results: tuple[Tensor, Tensor, Tensor] = _BACKENDS[backend].adaln_backward(
-        dy, dx_residual, x, scale, mean, rstd, BlockLayout(lengths)
+        dy, dx_residual, x, scale, mean, rstd, BlockLayout.of_runs(runs)
     )
     return results
 
@@ -175,13 +175,13 @@ def _adaln_backward(
 @_adaln_backward.register_fake
 def _(
     dy: Tensor, dx_residual: Tensor | None, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
-    lengths: Sequence[int], backend: str,
+    runs: Sequence[int], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _like(x), _like(scale), _like(scale)
 
 
 def _adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, shift, scale, ctx.lengths, _, _, ctx.backend = inputs
+    x, shift, scale, ctx.runs, _, _, ctx.backend = inputs
     ctx.set_materialize_grads(False)  # or every backward would fill zero gradients of the statistics
     ctx.save_for_backward(x, scale, *output[1:])
     ctx.shift_dtype = shift.dtype
@@ -190,7 +190,7 @@ def _adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _adaln_grad(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 7
-    dx, dshift, dscale = _adaln_backward(dy, None, *ctx.saved_tensors, ctx.lengths, ctx.backend)
+    dx, dshift, dscale = _adaln_backward(dy, None, *ctx.saved_tensors, ctx.runs, ctx.backend)
     return dx, dshift.to(ctx.shift_dtype), dscale, None, None, None, None
 
 
@@ -198,41 +198,39 @@ _adaln.register_autograd(_adaln_grad, setup_context=_adaln_setup)
 
 
 @torch.library.custom_op("ard_kernels::gated_residual", mutates_args=())
-def _gated_residual(x: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str) -> Tensor:
-    results: Tensor = _BACKENDS[backend].gated_residual_forward(x, branch, gate, BlockLayout(lengths))
+def _gated_residual(x: Tensor, branch: Tensor, gate: Tensor, runs: Sequence[int], backend: str) -> Tensor:
+    results: Tensor = _BACKENDS[backend].gated_residual_forward(x, branch, gate, BlockLayout.of_runs(runs))
     return results
 
 
 @_gated_residual.register_fake
-def _(x: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str) -> Tensor:
+def _(x: Tensor, branch: Tensor, gate: Tensor, runs: Sequence[int], backend: str) -> Tensor:
     return _like(x)
 
 
 @torch.library.custom_op("ard_kernels::gated_residual_backward", mutates_args=())
 def _gated_residual_backward(
-    dx: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str
+    dx: Tensor, branch: Tensor, gate: Tensor, runs: Sequence[int], backend: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of branch and gate; that of x is `dx` itself."""
     results: tuple[Tensor, Tensor] = _BACKENDS[backend].gated_residual_backward(
-        dx, branch, gate, BlockLayout(lengths)
+        dx, branch, gate, BlockLayout.of_runs(runs)
     )
     return results
 
 
 @_gated_residual_backward.register_fake
-def _(
-    dx: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str
-) -> tuple[Tensor, Tensor]:
+def _(dx: Tensor, branch: Tensor, gate: Tensor, runs: Sequence[int], backend: str) -> tuple[Tensor, Tensor]:
     return _like(branch), _like(gate)
 
 
 def _gated_residual_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, branch, gate, ctx.lengths, ctx.backend = inputs
+    _, branch, gate, ctx.runs, ctx.backend = inputs
     ctx.save_for_backward(branch, gate)
 
 
 def _gated_residual_grad(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-    return dx, *_gated_residual_backward(dx, *ctx.saved_tensors, ctx.lengths, ctx.backend), None, None
+    return dx, *_gated_residual_backward(dx, *ctx.saved_tensors, ctx.runs, ctx.backend), None, None
 
 
 _gated_residual.register_autograd(_gated_residual_grad, setup_context=_gated_residual_setup)
@@ -240,10 +238,10 @@ _gated_residual.register_autograd(_gated_residual_grad, setup_context=_gated_res
 
 @torch.library.custom_op("ard_kernels::gated_residual_adaln", mutates_args=())
 def _gated_residual_adaln(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, lengths: Sequence[int], eps: float,
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, runs: Sequence[int], eps: float,
     out_dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    layout = BlockLayout(lengths)
+    layout = BlockLayout.of_runs(runs)
     results: tuple[Tensor, Tensor, Tensor, Tensor] = _BACKENDS[backend].gated_residual_adaln_forward(
         x, branch, gate, shift, scale, layout, eps, out_dtype
     )
@@ -252,7 +250,7 @@ def _gated_residual_adaln(
 
 @_gated_residual_adaln.register_fake
 def _(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, lengths: Sequence[int], eps: float,
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, runs: Sequence[int], eps: float,
     out_dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _like(x), _like(x, out_dtype), _statistics(x), _statistics(x)
@@ -261,10 +259,10 @@ def _(
 @torch.library.custom_op("ard_kernels::gated_residual_adaln_backward", mutates_args=())
 def _gated_residual_adaln_backward(
     dx: Tensor, dy: Tensor, x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor,
-    rstd: Tensor, lengths: Sequence[int], backend: str,
+    rstd: Tensor, runs: Sequence[int], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """x is the forward's residual output. Gradients of the forward's x, branch, gate, shift and scale."""
-    layout = BlockLayout(lengths)
+    layout = BlockLayout.of_runs(runs)
     results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _BACKENDS[backend].gated_residual_adaln_backward(
         dx, dy, x, branch, gate, scale, mean, rstd, layout
     )
@@ -274,13 +272,13 @@ def _gated_residual_adaln_backward(
 @_gated_residual_adaln_backward.register_fake
 def _(
     dx: Tensor, dy: Tensor, x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor,
-    rstd: Tensor, lengths: Sequence[int], backend: str,
+    rstd: Tensor, runs: Sequence[int], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _like(x), _like(branch), _like(gate), _like(scale), _like(scale)
 
 
 def _gated_residual_adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, branch, gate, shift, scale, ctx.lengths, _, _, ctx.backend = inputs
+    _, branch, gate, shift, scale, ctx.runs, _, _, ctx.backend = inputs
     x, y, mean, rstd = output
     ctx.set_materialize_grads(False)  # as above
     ctx.save_for_backward(x, branch, gate, scale, mean, rstd)
@@ -295,7 +293,7 @@ def _gated_residual_adaln_grad(
     x, *saved = ctx.saved_tensors  # once: activation checkpointing recomputes them for it
     dx = torch.zeros_like(x) if dx is None else dx
     dy = torch.zeros_like(x, dtype=ctx.y_dtype) if dy is None else dy
-    grads = _gated_residual_adaln_backward(dx, dy, x, *saved, ctx.lengths, ctx.backend)
+    grads = _gated_residual_adaln_backward(dx, dy, x, *saved, ctx.runs, ctx.backend)
     dx, dbranch, dgate, dshift, dscale = grads
     return dx, dbranch, dgate, dshift.to(ctx.shift_dtype), dscale, None, None, None, None
 

@@ -80,7 +80,7 @@ def _call(
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     backend = choose(name, _BACKENDS, q, k, v)
-    out, _ = _block_attention(q, k, v, layout.lengths, mask, scale, block, backend)
+    out, _ = _block_attention(q, k, v, layout.runs, mask, scale, block, backend)
     return cast(Tensor, out)
 
 
@@ -119,21 +119,21 @@ def _check(name: str, layout: BlockLayout, mask: str, block: int | None, **tenso
 
 @torch.library.custom_op("ard_kernels::block_attention", mutates_args=())
 def _block_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], mask: str, scale: float, block: int, backend: str
+    q: Tensor, k: Tensor, v: Tensor, runs: Sequence[int], mask: str, scale: float, block: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Returns out like q, and what the backend's backward wants besides: the log-sum-exp (B, H, queries) in
     at least float32 where it has one, else an empty tensor."""
     results: tuple[Tensor, Tensor] = _BACKENDS[backend].attention_forward(
-        q, k, v, BlockLayout(lengths), cast(Mask, mask), scale, block
+        q, k, v, BlockLayout.of_runs(runs), cast(Mask, mask), scale, block
     )
     return results
 
 
 @_block_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], mask: str, scale: float, block: int, backend: str
+    q: Tensor, k: Tensor, v: Tensor, runs: Sequence[int], mask: str, scale: float, block: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    layout = BlockLayout(int(n) for n in lengths)  # torch.compile may take them for variables
+    layout = BlockLayout.of_runs(runs)
     keeps = _BACKENDS[backend].attention_keeps_lse(q, layout, cast(Mask, mask), block)
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]) if keeps else (0,), dtype=wide)
@@ -142,10 +142,10 @@ def _(
 
 @torch.library.custom_op("ard_kernels::block_attention_backward", mutates_args=())
 def _block_attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lengths: Sequence[int],
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Sequence[int],
     mask: str, scale: float, block: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    layout = BlockLayout(lengths)
+    layout = BlockLayout.of_runs(runs)
     results: tuple[Tensor, Tensor, Tensor] = _BACKENDS[backend].attention_backward(
         dout, q, k, v, out, lse, layout, cast(Mask, mask), scale, block
     )
@@ -154,7 +154,7 @@ def _block_attention_backward(
 
 @_block_attention_backward.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lengths: Sequence[int],
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Sequence[int],
     mask: str, scale: float, block: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))

@@ -20,23 +20,23 @@ def attention_macs(layout: BlockLayout, mask: Mask, width: int, block: int | Non
     return 2 * width * layout.area(mask, block)
 
 
-def _forward_macs(q: Sequence[int], lengths: Sequence[int], mask: str, block: int) -> int:
-    layout = BlockLayout(int(n) for n in lengths)
+def _forward_macs(q: Sequence[int], runs: Sequence[int], mask: str, block: int) -> int:
+    layout = BlockLayout.of_runs(runs)
     one = None if block < 0 else block
     return int(q[0]) * attention_macs(layout, cast(Mask, mask), int(q[2] * q[3]), one)
 
 
 @register_flop_formula(torch.ops.ard_kernels.block_attention)
 def _forward(
-    q: Any, k: Any, v: Any, lengths: Any, mask: str, scale: float, block: int, backend: str, **_: Any
+    q: Any, k: Any, v: Any, runs: Any, mask: str, scale: float, block: int, backend: str, **_: Any
 ) -> int:
-    return 2 * _forward_macs(q, lengths, mask, block)
+    return 2 * _forward_macs(q, runs, mask, block)
 
 
 @register_flop_formula(torch.ops.ard_kernels.block_attention_backward)
 def _backward(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, lengths: Any, mask: str, scale: float, block: int,
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, runs: Any, mask: str, scale: float, block: int,
     backend: str, **_: Any,
 ) -> int:  # fmt: skip
     """Five products for the forward's two: q k^T again, dout v^T, p^T dout, ds k and ds^T q."""
-    return 5 * _forward_macs(q, lengths, mask, block)
+    return 5 * _forward_macs(q, runs, mask, block)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import accumulate
+from functools import lru_cache
+from itertools import accumulate, chain, groupby, repeat
 from typing import Literal, get_args
 
 import torch
@@ -32,9 +33,12 @@ class BlockLayout:
     (ARD, arXiv 2504.11295, figure 5: M4, M1, M2, M3).
     """
 
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] = field(compare=False)
     bounds: tuple[int, ...] = field(init=False, repr=False, compare=False)
     """Block s holds the tokens bounds[s]..bounds[s+1]-1."""
+    runs: tuple[int, ...] = field(init=False, repr=False)
+    """The lengths with equal neighbours counted: (how many, of which length, how many, ...). What operators
+    get: two numbers for equal blocks, were it a block per token."""
 
     def __init__(self, lengths: Iterable[int]) -> None:
         if not isinstance(lengths, Iterable):
@@ -44,6 +48,13 @@ class BlockLayout:
             raise ValueError(f"BlockLayout: lengths is {self.lengths!r}, accepted is one or more int >= 1")
         # At once: torch.compile cannot trace the lock in functools.cached_property (Python < 3.12).
         object.__setattr__(self, "bounds", (0, *accumulate(self.lengths)))
+        runs = ((len([*run]), n) for n, run in groupby(self.lengths))
+        object.__setattr__(self, "runs", tuple(chain.from_iterable(runs)))
+
+    @classmethod
+    def of_runs(cls, runs: Iterable[int]) -> BlockLayout:
+        """The layout that has these `runs`; made once."""
+        return _of_runs(tuple(int(n) for n in runs))  # torch.compile may take them for variables
 
     @classmethod
     def uniform(cls, blocks: int, length: int) -> BlockLayout:
@@ -62,7 +73,11 @@ class BlockLayout:
 
     @property
     def is_uniform(self) -> bool:
-        return len(set(self.lengths)) == 1
+        return len(self.runs) == 2
+
+    @property
+    def longest(self) -> int:
+        return max(self.runs[1::2])
 
     def slice(self, block: int) -> slice:
         """The tokens of one block."""
@@ -99,3 +114,9 @@ class BlockLayout:
             for start, stop in self.key_ranges(s, mask):
                 visible[self.slice(s), start:stop] = True
         return visible
+
+
+@lru_cache(maxsize=1024)
+def _of_runs(runs: tuple[int, ...]) -> BlockLayout:
+    counts, lengths = runs[::2], runs[1::2]
+    return BlockLayout(chain.from_iterable(map(repeat, lengths, counts)))

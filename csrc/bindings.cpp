@@ -91,16 +91,17 @@ Tensor tensor(const Given& given) {
 
 struct Blocks {
     std::vector<std::int64_t> starts{0};
-    explicit Blocks(const std::vector<std::int64_t>& lengths) {
-        for (const std::int64_t n : lengths) starts.push_back(starts.back() + n);
+    explicit Blocks(const std::vector<std::int64_t>& runs) {  // how many blocks of which length, how many, ...
+        for (std::size_t i = 0; i + 1 < runs.size(); i += 2)
+            for (std::int64_t k = 0; k < runs[i]; k++) starts.push_back(starts.back() + runs[i + 1]);
     }
     Layout layout() const { return {static_cast<std::int64_t>(starts.size()) - 1, starts.data()}; }
 };
 
 void attention(
-    bool backward, std::int64_t batch, std::int64_t heads, std::int64_t dim, const std::vector<std::int64_t>& lengths,
+    bool backward, std::int64_t batch, std::int64_t heads, std::int64_t dim, const std::vector<std::int64_t>& runs,
     int mask, float scale, std::int64_t block, const std::vector<Given>& tensors, std::uintptr_t lse, int threads) {
-    const Blocks blocks(lengths);
+    const Blocks blocks(runs);
     Attention a{batch, heads, dim, blocks.layout(), static_cast<Mask>(mask), scale, block, {}, {}, {}, {}, nullptr,
                 {}, {}, {}, {}};
     Tensor* const slots[] = {&a.q, &a.k, &a.v, &a.out, &a.dout, &a.dq, &a.dk, &a.dv};
@@ -124,9 +125,9 @@ Adaln adaln_arguments(
 }
 
 void adaln(
-    bool backward, std::int64_t batch, std::int64_t width, const std::vector<std::int64_t>& lengths, float eps,
+    bool backward, std::int64_t batch, std::int64_t width, const std::vector<std::int64_t>& runs, float eps,
     const std::vector<Given>& tensors, std::uintptr_t mean, std::uintptr_t rstd, int threads) {
-    const Blocks blocks(lengths);
+    const Blocks blocks(runs);
     const Adaln a = adaln_arguments(batch, width, blocks, eps, tensors, mean, rstd);
     const py::gil_scoped_release unlocked;
     (backward ? chosen->adaln_backward : chosen->adaln_forward)(a, threads);
@@ -140,10 +141,10 @@ void gelu(std::int64_t count, const Given& x, const Given& dout, const Given& ou
 
 #ifdef ARD_HAS_CUDA
 void adaln_cuda(
-    bool backward, bool clusters, std::int64_t batch, std::int64_t width, const std::vector<std::int64_t>& lengths,
+    bool backward, bool clusters, std::int64_t batch, std::int64_t width, const std::vector<std::int64_t>& runs,
     float eps, const std::vector<Given>& tensors, std::uintptr_t mean, std::uintptr_t rstd, std::uintptr_t partial,
     std::uintptr_t stream) {
-    const Blocks blocks(lengths);
+    const Blocks blocks(runs);
     const Adaln a = adaln_arguments(batch, width, blocks, eps, tensors, mean, rstd);
     const char* error = cuda::adaln(
         a, reinterpret_cast<float*>(partial), backward, clusters, reinterpret_cast<void*>(stream));

@@ -50,7 +50,7 @@ def _run(
     batch, _, width = first.shape
     if batch == 0:
         return
-    shape = batch, width, layout.lengths, eps, [given(tensors.get(name)) for name in _SLOTS]
+    shape = batch, width, layout.runs, eps, [given(tensors.get(name)) for name in _SLOTS]
     statistics = [0 if x is None else x.data_ptr() for x in (mean, rstd)]
     if not _on_cuda(first):
         native.kernels(*tensors.values()).adaln(backward, *shape, *statistics, torch.get_num_threads())

@@ -306,7 +306,7 @@ def _forward(
     inputs = _contiguous_rows(x, branch, gate, shift, scale)
     launch = _launch(width, _itemsize(x, branch, y))
     rows = _rows(samples, tokens)
-    chunks = -(-max(layout.lengths) // rows)
+    chunks = -(-layout.longest // rows)
     with torch.cuda.device_of(x):
         _forward_kernel[(samples * layout.blocks * chunks,)](
             *inputs, residual, y, mean, rstd, _bounds(layout, x.device), *_strides(inputs),
@@ -332,7 +332,7 @@ def _backward(
     inputs = _contiguous_rows(dy, dresidual, x, branch, gate, scale)
     launch = _launch(width, _itemsize(dy, dresidual, x, branch))
     segments = samples * layout.blocks
-    slices = _slices(segments, max(layout.lengths))
+    slices = _slices(segments, layout.longest)
     tables = sums = [dgate, dshift, dscale]
     if slices > 1:
         size = (segments, slices, width)

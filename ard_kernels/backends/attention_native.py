@@ -21,7 +21,7 @@ def _run(
 ) -> None:  # fmt: skip
     batch, _, heads, dim = tensors[0].shape
     kernels(*tensors).attention(
-        backward, batch, heads, dim, layout.lengths, MASKS.index(mask), scale, block,
+        backward, batch, heads, dim, layout.runs, MASKS.index(mask), scale, block,
         [given(x) for x in tensors], lse.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
 

@@ -540,7 +540,7 @@ _WHOLE = 128
 
 def is_whole(layout: BlockLayout) -> bool:
     """Whether blocks are multiples of every tile."""
-    return all(length % _WHOLE == 0 for length in layout.lengths)
+    return all(length % _WHOLE == 0 for length in layout.runs[1::2])
 
 
 def _launch(kernel: str, q: Tensor, layout: BlockLayout) -> Launch:

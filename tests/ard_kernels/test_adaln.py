@@ -338,12 +338,12 @@ def test_two_runs_are_bitwise_equal(backend: str, dtype: torch.dtype, name: str)
 @pytest.mark.parametrize("table_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_opcheck(backend: str, table_dtype: torch.dtype, layout: BlockLayout) -> None:
     ops = torch.ops.ard_kernels
-    dtype, end = torch.bfloat16, (layout.lengths, backend)
+    dtype, end = torch.bfloat16, (layout.runs, backend)
     x, branch, gate, shift, scale = _inputs("gated_residual_adaln", layout, 2, 16, dtype, table_dtype)
     lx, lbranch, lgate, lshift, lscale = (
         t.detach().requires_grad_() for t in (x, branch, gate, shift, scale)
     )
-    options = (layout.lengths, 1e-6, dtype, backend)
+    options = (layout.runs, 1e-6, dtype, backend)
     check = torch.library.opcheck
     check(ops.adaln.default, (lx, lshift, lscale, *options))
     check(ops.gated_residual.default, (lx, lbranch, lgate, *end))

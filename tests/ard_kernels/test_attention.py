@@ -269,7 +269,7 @@ def test_opcheck(backend: str, dtype: torch.dtype, mask: str, layout: BlockLayou
     q, k, v = _qkv(layout, *_batch(backend), 16, dtype).unbind(2)
     if block >= 0:
         q = q[:, layout.slice(block)]
-    options = (layout.lengths, mask, 0.25, block, backend)
+    options = (layout.runs, mask, 0.25, block, backend)
     leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
     torch.library.opcheck(torch.ops.ard_kernels.block_attention.default, (*leaves, *options))
     out, lse = torch.ops.ard_kernels.block_attention(q, k, v, *options)
