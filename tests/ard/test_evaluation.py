@@ -169,6 +169,16 @@ def test_a_report_says_what_the_student_does(recording: RecordConfig, student: P
     assert again["trained_with_the_same_noise"]
 
 
+def test_seconds_are_those_of_a_usual_batch(
+    recording: RecordConfig, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first one kernels are compiled: on a GPU that is most of a short evaluation."""
+    clock = iter([0.0, 80.0, 100.0, 100.4, 200.0, 200.8])
+    monkeypatch.setattr("ard.evaluation.time.perf_counter", lambda: next(clock))
+    config = EvaluateConfig(student, recording.out, tmp_path / "report", samples=12, batch_size=4)
+    assert evaluate(config)["seconds_per_sample"] == pytest.approx(0.2)
+
+
 def _write_fashion(folder: Path) -> None:
     random = np.random.default_rng(0)
     folder.mkdir()
