@@ -224,10 +224,10 @@ class Judged:
         """(n, C, h, w) uint8, (n,)."""
         if sum(map(len, self._first)) < _SHOWN:
             self._first.append(images)
-        for part, wanted in zip(images.split(_BATCH), labels.split(_BATCH), strict=True):
-            self._features.append(extract(self._extractor, part))
-            if self._extractor.classes is not None:
-                self._right += int((self._extractor.classes(part) == wanted).sum())
+        self._features.append(extract(self._extractor, images))
+        if self._extractor.classes is not None:
+            found = torch.cat([self._extractor.classes(part) for part in images.split(_BATCH)])
+            self._right += int((found == labels).sum())
 
     @property
     def first(self) -> Tensor:

@@ -224,6 +224,7 @@ def test_other_gpus_get_the_slower_path_and_a_reason() -> None:
     assert done.stdout == "the GPU is AMD's, accepted is NVIDIA's\n", done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's memory and tells its size")
 def test_too_little_memory_is_an_error_and_no_abort() -> None:
     """Of the compiled adaLN backward, whose sums take 453 MB here, beside results of 377 MB."""
     done = _python(
