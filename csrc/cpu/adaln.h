@@ -84,6 +84,7 @@ struct Units {
     }
 
     std::int64_t per_sample() const { return starts.start[layout.blocks]; }
+    std::int64_t of_block(std::int64_t s) const { return starts.start[s + 1] - starts.start[s]; }
 
     Unit operator[](std::int64_t unit) const {
         const std::int64_t b = unit / per_sample(), u = unit % per_sample();
@@ -222,16 +223,14 @@ static void row_gradients(const Adaln& a, std::int64_t r, const float* gate, con
     });
 }
 
-// partial: sums over the unit's rows for gate, shift and scale, of width D each.
+// sums: over the unit's rows for gate, shift and scale, of width D each. memory: room for a row of two tables.
 template <class X, class Branch, class Y>
-static void backward_rows(const Adaln& a, const Unit& unit, float* partial, bool past) {
+static void backward_rows(const Adaln& a, const Unit& unit, float* sums, float* memory, bool past) {
     const std::int64_t D = a.width, start = unit.b * a.layout.total() + unit.first;
-    float* gate = static_cast<float*>(scratch(2 * D * sizeof(float)));
-    float* scale = gate + D;
-    float *dgate = partial, *dshift = partial + D, *dscale = partial + 2 * D;
+    float *gate = memory, *scale = memory + D, *dgate = sums, *dshift = sums + D, *dscale = sums + 2 * D;
     if (a.branch.data != nullptr) table_row(a.gate, unit.b, unit.s, D, 0.0f, gate);
     if (a.dy.data != nullptr) table_row(a.scale, unit.b, unit.s, D, 1.0f, scale);
-    std::memset(partial, 0, 3 * D * sizeof(float));
+    std::memset(sums, 0, 3 * D * sizeof(float));
     float first[ROWS] = {}, second[ROWS] = {};
     if (a.dy.data != nullptr)
         groups(unit.rows, [&](auto many, std::int64_t k) {
@@ -247,16 +246,16 @@ static void backward_rows(const Adaln& a, const Unit& unit, float* partial, bool
 // with all in one chain.
 constexpr std::int64_t TOGETHER = 8;
 
-// A table gradient's row: the sum of its units' partial sums, in a fixed order.
+// A table gradient's row: the sum of what its units have, in a fixed order.
 static void table_gradient(
-    const Tensor& to, const float* partial, std::int64_t units, std::int64_t row, std::int64_t width) {
+    const Tensor& to, const float* sums, std::int64_t units, std::int64_t row, std::int64_t width) {
     if (to.data == nullptr) return;
     columns(width, [&](std::int64_t i, int n) {
         vf total{};
         for (std::int64_t first = 0; first < units; first += TOGETHER) {
             vf some{};
             for (std::int64_t u = first; u < units && u < first + TOGETHER; u++)
-                some += get(partial + 3 * u * width + i, n);
+                some += get(sums + 3 * u * width + i, n);
             total += some;
         }
         if (to.dtype == DType::f32)
@@ -264,6 +263,14 @@ static void table_gradient(
         else
             put(static_cast<bf16*>(to.data) + row * width + i, total, n);
     });
+}
+
+// The rows of all table gradients for a block of a sample.
+static void table_gradients(const Adaln& a, std::int64_t b, std::int64_t s, const float* sums, std::int64_t units) {
+    const std::int64_t row = b * a.layout.blocks + s;
+    table_gradient(a.dgate, sums, units, row, a.width);
+    table_gradient(a.dshift, sums + a.width, units, row, a.width);
+    table_gradient(a.dscale, sums + 2 * a.width, units, row, a.width);
 }
 
 // f(X{}, Branch{}, Y{}) with the types of the tensors.
@@ -287,21 +294,26 @@ static void adaln_forward(const Adaln& a, int threads) {
 static void adaln_backward(const Adaln& a, int threads) {
     const Units units(a.layout);
     const std::int64_t D = a.width, S = a.layout.blocks, count = a.batch * units.per_sample();
-    const Array<float> partial(count * 3 * D);
+    // Of the units of blocks that have several; the others' sums are a table gradient's row at once.
+    const Array<float> partial(units.per_sample() > S ? count * 3 * D : 0);
     const bool past = large(a, a.dx, a.dbranch);
-    parallel(threads, count, [&](std::int64_t unit) {
+    parallel(threads, count, [&](std::int64_t index) {
+        const Unit unit = units[index];
+        const bool alone = units.of_block(unit.s) == 1;
+        float* memory = static_cast<float*>(scratch(5 * D * sizeof(float)));
+        float* sums = alone ? memory + 2 * D : partial.start + index * 3 * D;
         typed(a.dx_in.data != nullptr ? a.dx_in.dtype : a.x.dtype, a.branch.dtype, a.dy.dtype,
               [&](auto x, auto branch, auto y) {
-                  backward_rows<decltype(x), decltype(branch), decltype(y)>(
-                      a, units[unit], partial.start + unit * 3 * D, past);
+                  backward_rows<decltype(x), decltype(branch), decltype(y)>(a, unit, sums, memory, past);
               });
+        if (alone) table_gradients(a, unit.b, unit.s, sums, 1);
     });
+    if (units.per_sample() == S) return;
     parallel(threads, a.batch * S, [&](std::int64_t row) {
-        const std::int64_t b = row / S, s = row % S, many = units.starts.start[s + 1] - units.starts.start[s];
-        const float* from = partial.start + (b * units.per_sample() + units.starts.start[s]) * 3 * D;
-        table_gradient(a.dgate, from, many, row, D);
-        table_gradient(a.dshift, from + D, many, row, D);
-        table_gradient(a.dscale, from + 2 * D, many, row, D);
+        const std::int64_t b = row / S, s = row % S;
+        if (units.of_block(s) == 1) return;
+        const std::int64_t first = b * units.per_sample() + units.starts.start[s];
+        table_gradients(a, b, s, partial.start + first * 3 * D, units.of_block(s));
     });
 }
 
