@@ -377,21 +377,20 @@ def main() -> None:
 
 def _make(config: TableConfig) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
-    _record(config, "trajectories")
-    _record(config, "held-out")
+    known, runs = _known(config), [*_runs(config)]
+    if runs:
+        _record(config, "trajectories")
+    if runs or "held-out" not in known:
+        _record(config, "held-out")
     context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(config.jobs, context) as pool,
-        tqdm(total=len([*_runs(config)]), desc="table") as bar,
-    ):
+    with ProcessPoolExecutor(config.jobs, context) as pool, tqdm(total=len(runs), desc="table") as bar:
         for gan in (False, True):
-            waiting = [
-                pool.submit(_train, config, row, seed) for row, seed in _runs(config) if row.gan == gan
-            ]
+            waiting = [pool.submit(_train, config, row, seed) for row, seed in runs if row.gan == gan]
             for done in as_completed(waiting):
                 done.result()
                 bar.update()
-    _record(config, "held-out-250")
+    if "held-out-250" not in known:
+        _record(config, "held-out-250")
 
 
 if __name__ == "__main__":

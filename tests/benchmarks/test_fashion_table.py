@@ -6,6 +6,7 @@ import dataclasses
 import json
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from ard.costs import PUBLISHED
 from ard.evaluation import EvaluateConfig, evaluate
 from benchmarks import fashion_table
-from benchmarks.fashion_table import ROWS, TableConfig, _collect, _markdown, _runs, main
+from benchmarks.fashion_table import ROWS, TableConfig, _collect, _make, _markdown, _runs, main
 
 
 def test_every_published_student_is_a_row() -> None:
@@ -103,6 +104,19 @@ def test_what_an_earlier_table_knows_is_not_made_again(
     assert teacher["seeds"][0]["frechet"] == 2.0
     assert {seed: points[0]["frechet"] for seed, points in row["curves"].items()} == {"0": 4.0, "1": 2.0}
     assert [seed["frechet"] for seed in row["seeds"]] == [4.0, 2.0]
+
+
+def test_only_what_is_needed_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[str] = []
+    monkeypatch.setattr(fashion_table, "_record", lambda _, folder: recorded.append(folder))
+    monkeypatch.setattr(fashion_table, "_train", lambda *_: None)
+    monkeypatch.setattr(fashion_table, "ProcessPoolExecutor", lambda jobs, _: ThreadPoolExecutor(jobs))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # and as it was afterwards
+    config = dataclasses.replace(_earlier(tmp_path, s1_n0=[0], s2_n0=[0]), rows=("s1-n0",))
+    _make(config)
+    assert recorded == ["held-out-250"]
+    _make(dataclasses.replace(config, known=None))
+    assert recorded == ["held-out-250", "trajectories", "held-out", "held-out-250"]
 
 
 def test_an_earlier_table_of_other_trainings_is_refused(tmp_path: Path) -> None:
