@@ -1,5 +1,5 @@
-"""The embedded default: a small Fashion-MNIST teacher, a classifier, statistics of real images (see
-MADE.md)."""
+"""The embedded default: a small Fashion-MNIST teacher and students of it, a classifier, statistics of real
+images (see MADE.md)."""
 
 from pathlib import Path
 

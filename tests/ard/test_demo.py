@@ -1,0 +1,57 @@
+"""The demo from end to end, and the embedded students that its report has beside its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ard.assets import ASSETS
+from ard.checkpoints import load_student, read_json
+from ard.demo import DemoConfig, demo
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    demo(DemoConfig(folder, iterations=4, samples=24, held_out=200, curve_points=1))
+    return folder
+
+
+def test_the_report_has_every_picture_and_row(out: Path) -> None:
+    report, result = (out / "report.html").read_text(), read_json(out / "demo.json")
+    assert report.count("data:image/png;base64,") == len([*(out / "pictures").iterdir()]) == 5
+    assert len(result["rows"]) == 6
+    assert all(row["name"] in report for row in result["rows"])
+    assert all(f"{row['frechet']:.2f}" in report for row in result["rows"])
+
+
+def test_the_embedded_students_show_what_history_and_gan_do(out: Path) -> None:
+    """200 samples make every distance larger, and leave the order."""
+    rows = {row["name"]: row for row in read_json(out / "demo.json")["rows"]}
+    plain, ard, gan = (rows[f"{name}, embedded"] for name in
+                       ("step distillation (N=0)", "ARD (N=2)", "ARD (N=2) + GAN"))  # fmt: skip
+    assert gan["frechet"] + 3 < ard["frechet"] < plain["frechet"] - 5
+    assert ard["errors"][-1] < plain["errors"][-1] / 3
+
+
+def test_the_embedded_students_are_what_they_are_called() -> None:
+    layers = {"step-distillation": 0, "ard": 2, "ard-gan": 2}
+    assert {folder.name for folder in (ASSETS / "students").iterdir()} == set(layers)
+    for name, count in layers.items():
+        student, trained = load_student(ASSETS / "students" / name)
+        assert (student.steps, student.history_layers, student.mask) == (4, count, "causal")
+        assert (trained["seed"], trained["samples"], trained["state"]) == (0, 40_000, "x0")
+
+
+def test_another_teacher_has_no_embedded_students(tmp_path: Path) -> None:
+    from ard.demo import _embedded
+
+    copy = tmp_path / "teacher"
+    copy.mkdir()
+    for file in (ASSETS / "teacher").iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert len(_embedded(DemoConfig(teacher=copy))) == 3
+    assert not _embedded(DemoConfig(teacher=copy, steps=2))
+    (copy / "model.safetensors").write_bytes(b"another")
+    assert not _embedded(DemoConfig(teacher=copy))
