@@ -20,9 +20,11 @@ from torch import Tensor
 
 from ard.assets import ASSETS
 from ard.checkpoints import (
+    CONFIG,
     WEIGHTS,
     load_student,
     load_teacher,
+    read_json,
     replacing,
     sha256,
     write_json,
@@ -82,9 +84,13 @@ def _embedded(config: DemoConfig) -> dict[str, Path]:
     """By name, the embedded students, as far as they have the demo's teacher and steps."""
     teacher, found = sha256(config.teacher / WEIGHTS), {}
     for name, key in _EMBEDDED.items():
-        student, trained = load_student(ASSETS / "students" / key)
-        if trained["teacher"] == teacher and student.steps == config.steps:
-            found[name] = ASSETS / "students" / key
+        folder = ASSETS / "students" / key
+        description = read_json(folder / CONFIG)
+        if (description["trajectories"]["teacher"], description["config"]["steps"]) == (
+            teacher,
+            config.steps,
+        ):
+            found[name] = folder
     return found
 
 

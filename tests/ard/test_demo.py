@@ -8,7 +8,7 @@ import pytest
 
 from ard.assets import ASSETS
 from ard.checkpoints import load_student, read_json
-from ard.demo import DemoConfig, demo
+from ard.demo import DemoConfig, _embedded, demo
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,6 @@ def test_the_embedded_students_are_what_they_are_called() -> None:
 
 
 def test_another_teacher_has_no_embedded_students(tmp_path: Path) -> None:
-    from ard.demo import _embedded
-
     copy = tmp_path / "teacher"
     copy.mkdir()
     for file in (ASSETS / "teacher").iterdir():
