@@ -85,11 +85,8 @@ def _embedded(config: DemoConfig) -> dict[str, Path]:
     teacher, found = sha256(config.teacher / WEIGHTS), {}
     for name, key in _EMBEDDED.items():
         folder = ASSETS / "students" / key
-        description = read_json(folder / CONFIG)
-        if (description["trajectories"]["teacher"], description["config"]["steps"]) == (
-            teacher,
-            config.steps,
-        ):
+        student = read_json(folder / CONFIG)
+        if student["trajectories"]["teacher"] == teacher and student["config"]["steps"] == config.steps:
             found[name] = folder
     return found
 
