@@ -210,7 +210,7 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
                 "name": name, "student": str(folder), "steps": student.steps,
                 "history_layers": student.history_layers, "mask": student.mask, "state": trained["state"],
                 "grid": list(trained["grid"]),
-                "trained_with_the_same_noise": trained["seed"] == store.manifest["seed"],
+                "trained_with_the_same_noise": store.has_noise_of(trained),
                 **{key: _statistics(values[key]) for key in ("teacher_history", "own_history", "excess")},
                 "perturbed": [
                     {"size": size, "steps": list(range(2, student.steps + 1)),

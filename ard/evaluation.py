@@ -4,7 +4,7 @@ the teacher from the same noise."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -135,8 +135,27 @@ class Statistics:
 
     @classmethod
     def of(cls, features: Tensor, keep: int, network: str = "") -> Statistics:
-        wide = features.double()
-        return cls(wide.mean(0), torch.cov(wide.T), features[:keep], network)
+        return cls.of_parts(features.split(4096), keep, network)
+
+    @classmethod
+    def of_parts(cls, parts: Iterable[Tensor], keep: int, network: str = "") -> Statistics:
+        """Of features that come in parts (n, d), of which no more than `keep` stay in memory.
+
+        Two parts' moments make those of both (Chan et al., Updating formulae and a pairwise algorithm for
+        computing sample variances, 1979).
+        """
+        count, mean, scatter, kept = 0, torch.zeros(()), torch.zeros(()), []
+        for part in parts:
+            wide = part.double()
+            own = wide.mean(0)
+            step, total = own - mean, count + len(part)
+            centred = wide - own
+            scatter = scatter + centred.T @ centred + torch.outer(step, step) * (count * len(part) / total)
+            mean, count = mean + step * (len(part) / total), total
+            if keep > 0:
+                kept.append(part[:keep])
+                keep -= len(kept[-1])
+        return cls(mean, scatter / (count - 1), torch.cat(kept) if kept else part[:0], network)
 
     def save(self, path: Path, extractor: str) -> None:
         tensors = {"mean": self.mean, "covariance": self.covariance, "features": self.features.half()}
@@ -316,7 +335,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "features": extractor.name, **metrics, "errors": (errors / count).tolist(),
         "seconds_per_sample": median(seconds), "steps": student.steps,
         "history_layers": student.history_layers, "mask": student.mask,
-        "trained_with_the_same_noise": trained["seed"] == store.manifest["seed"],
+        "trained_with_the_same_noise": store.has_noise_of(trained),
         "config": plain(config), "versions": versions(),
     }  # fmt: skip
     write_json(config.out / "evaluation.json", report)
@@ -438,20 +457,23 @@ class StatisticsConfig:
     """How many images' features are kept, for precision and recall."""
 
 
-def _folder_features(images: ImageFolder, extractor: Extractor) -> Tensor:
-    """(n, d), in a random order, which is always the same: what is kept of them is of all classes."""
+def _check_folder(images: ImageFolder, extractor: Extractor) -> None:
+    if len(images) <= _NEIGHBOURS:
+        raise ValueError(f"statistics: images has {len(images)}, accepted are more than {_NEIGHBOURS}")
     if extractor.size not in (None, images.shape[1:]):
         raise ValueError(
             f"statistics: size is {images.shape[1]}, accepted by {extractor.name} is {extractor.size[0]}"
         )
+
+
+def _folder_features(images: ImageFolder, extractor: Extractor) -> Iterator[Tensor]:
+    """(n, d), in a random order, which is always the same: what is kept of them is of all classes."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    features = []
     with tqdm(total=len(images), desc="statistics", unit="image", mininterval=1.0) as bar:
-        for indices in order.split(100):
+        for indices in order.split(_BATCH):
             pixels, _ = images.fetch(indices, torch.zeros(len(indices), dtype=torch.bool))
-            features.append(extract(extractor, to_uint8(pixels)))
+            yield extract(extractor, to_uint8(pixels))
             bar.update(len(indices))
-    return torch.cat(features)
 
 
 def statistics(config: StatisticsConfig) -> None:
@@ -459,11 +481,11 @@ def statistics(config: StatisticsConfig) -> None:
         raise ValueError(f"statistics: keep is {config.keep}, accepted is an integer > {_NEIGHBOURS}")
     extractor = extractor_of(config.classifier, config.inception)
     if config.images is not None:
-        features = _folder_features(
-            ImageFolder(config.images, config.size, max(extractor.channels)), extractor
-        )
-        Statistics.of(features, config.keep, extractor.network).save(config.out, extractor.name)
-        print(f"statistics: {config.out} ({len(features)} images)")
+        images = ImageFolder(config.images, config.size, max(extractor.channels))
+        _check_folder(images, extractor)
+        features = _folder_features(images, extractor)
+        Statistics.of_parts(features, config.keep, extractor.network).save(config.out, extractor.name)
+        print(f"statistics: {config.out} ({len(images)} images)")
         return
     train, test = (to_uint8(load_images(config.dataset, t, config.data).pixels) for t in (True, False))
     reference = Statistics.of(extract(extractor, train), config.keep, extractor.network)

@@ -222,6 +222,10 @@ class Trajectories(ABC):
             )
         return self.grid(len(grid) - 1, tuple(grid)), cast(State, state)
 
+    def has_noise_of(self, trained: Mapping[str, Any]) -> bool:
+        """Whether a student was trained from the same noise, as far as it says."""
+        return "seed" in trained and trained["seed"] == self.manifest["seed"]
+
     def identity(self) -> str:
         """The same for the same trajectories, wherever they lie."""
         return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()

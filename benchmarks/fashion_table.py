@@ -285,7 +285,8 @@ def _collect(config: TableConfig) -> dict[str, Any]:
                 {"step": int(path.parent.name.removeprefix("step-")), **read_json(path)}
                 for path in sorted(folder.glob("evaluations/step-*/evaluation.json"))
             ]
-            if points and (folder / "student").exists():
+            end = config.gan_iterations if row.gan else config.iterations
+            if points and points[-1]["step"] == end:  # else its evaluations are still being made
                 curves[str(seed)] = [
                     {"step": p["step"], **p["student"], "errors": p["errors"]} for p in points
                 ]
@@ -310,8 +311,10 @@ def _spread(values: list[float], digits: int) -> str:
 
 def _base(result: dict[str, Any]) -> float:
     """The 25-step teacher's Frechet distance."""
-    (own,) = (row["seeds"][0]["frechet"] for row in result["rows"] if row["key"] == "held-out")
-    return float(own)
+    for row in result["rows"]:
+        if row["key"] == "held-out":
+            return float(row["seeds"][0]["frechet"])
+    raise SystemExit("table: the held-out trajectories are not there yet, which all is compared with")
 
 
 def _markdown(result: dict[str, Any]) -> str:

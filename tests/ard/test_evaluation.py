@@ -4,6 +4,7 @@ hand."""
 from __future__ import annotations
 
 import gzip
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,16 @@ def test_moments_are_those_of_the_samples() -> None:
     assert np.allclose(own.covariance, np.cov(features.double().numpy().T))
     assert np.allclose(own.mean, features.double().numpy().mean(0))
     assert torch.equal(own.features, features[:10])
+
+
+def test_moments_of_parts_are_those_of_the_whole() -> None:
+    """Far from zero, in parts of any size, and without what is not to be kept."""
+    features = 1000 + torch.randn(50, 4)
+    own = Statistics.of_parts(iter(features.split([1, 20, 4, 25])), keep=23)
+    np.testing.assert_allclose(own.covariance, np.cov(features.double().numpy().T), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(own.mean, features.double().numpy().mean(0), rtol=1e-14)
+    assert torch.equal(own.features, features[:23])
+    assert Statistics.of_parts([features], keep=0).features.shape == (0, 4)
 
 
 def _brute(generated: Tensor, real: Tensor) -> float:
@@ -167,6 +178,11 @@ def test_a_report_says_what_the_student_does(recording: RecordConfig, student: P
 
     again = evaluate(EvaluateConfig(student, recording.out, tmp_path / "same", samples=4))
     assert again["trained_with_the_same_noise"]
+    # A student trained elsewhere may not know its noise.
+    del model.trajectories["seed"]
+    model.save_pretrained(tmp_path / "elsewhere")
+    again = evaluate(EvaluateConfig(tmp_path / "elsewhere", recording.out, tmp_path / "third", samples=4))
+    assert not again["trained_with_the_same_noise"]
 
 
 def test_seconds_are_those_of_a_usual_batch(
@@ -262,6 +278,9 @@ def test_latents_are_judged_as_the_images_that_they_stand_for(
         plain.save(tmp_path / "images" / str(i % 3) / f"{i}.png")
     reference = tmp_path / "reference.safetensors"
     statistics(StatisticsConfig(reference, images=tmp_path / "images", size=28, inception=Path(), keep=12))
+    shutil.copytree(tmp_path / "images" / "0", tmp_path / "few" / "0", ignore=lambda _, names: names[3:])
+    with pytest.raises(ValueError, match=r"statistics: images has 3, accepted are more than 3"):
+        statistics(StatisticsConfig(tmp_path / "no", images=tmp_path / "few", size=28, inception=Path()))
     loaded = Statistics.load(reference)
     torch.testing.assert_close(loaded.mean, colours.double().mean(0), rtol=0, atol=1e-4)
     torch.testing.assert_close(loaded.covariance, torch.cov(colours.double().T), rtol=1e-6, atol=1e-3)

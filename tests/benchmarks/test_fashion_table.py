@@ -8,6 +8,7 @@ import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_a_small_table(
 
     # One can be collected while a recording is under way.
     next((tmp_path / "held-out-250").glob("shard-*.safetensors")).unlink()
-    names = [row["name"] for row in _collect(TableConfig(tmp_path))["rows"]]
+    names = [row["name"] for row in _collect(TableConfig(tmp_path, iterations=2))["rows"]]
     assert names == ["teacher, 25 steps", "KD", "ARD, some layers"]
 
 
@@ -97,9 +98,15 @@ def test_what_an_earlier_table_knows_is_not_made_again(
     # A training that is there as well is the one shown.
     folder = config.out / "s4-n0" / "seed-0"
     (folder / "student").mkdir(parents=True)
-    (folder / "evaluations" / "step-2").mkdir(parents=True)
-    own = {"student": {"frechet": 4.0}, "errors": [0.2]}
-    (folder / "evaluations" / "step-2" / "evaluation.json").write_text(json.dumps(own))
+
+    def evaluated(step: int) -> dict[str, Any]:
+        (folder / "evaluations" / f"step-{step:08d}").mkdir(parents=True)
+        own = {"student": {"frechet": 4.0}, "errors": [0.2]}
+        (folder / "evaluations" / f"step-{step:08d}" / "evaluation.json").write_text(json.dumps(own))
+        return _collect(config)["rows"][1]["curves"]
+
+    assert evaluated(10_000).keys() == {"1"}, "checkpoints are evaluated in order, after the training"
+    assert evaluated(20_000).keys() == {"0", "1"}
     teacher, row, _ = _collect(config)["rows"]
     assert teacher["seeds"][0]["frechet"] == 2.0
     assert {seed: points[0]["frechet"] for seed, points in row["curves"].items()} == {"0": 4.0, "1": 2.0}
@@ -123,6 +130,11 @@ def test_an_earlier_table_of_other_trainings_is_refused(tmp_path: Path) -> None:
     config = dataclasses.replace(_earlier(tmp_path), iterations=30)
     with pytest.raises(SystemExit, match=r"known: .*earlier.json is of iterations 20000, accepted is 30"):
         _collect(config)
+
+
+def test_without_held_out_trajectories_there_is_no_table() -> None:
+    with pytest.raises(SystemExit, match="table: the held-out trajectories are not there yet"):
+        _markdown({"rows": []})
 
 
 def test_a_table_of_nothing_holds_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
