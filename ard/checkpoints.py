@@ -266,7 +266,11 @@ def save_student(
 def _described(folder: Path, accepted: Container[str | None], wanted: str) -> Iterator[dict[str, Any]]:
     """The description in a folder; one that does not describe a model is an error in the block, too."""
     if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder}: no {CONFIG} there; accepted is a folder written by this project")
+        within = [name for name in ("student", "teacher") if (folder / name / CONFIG).is_file()]
+        raise FileNotFoundError(
+            f"{folder}: no {CONFIG} there; accepted is "
+            + (" or ".join(str(folder / n) for n in within) or "a folder written by this project")
+        )
     description = read_json(folder / CONFIG)
     found = description.get("class") if isinstance(description, dict) else None
     if found not in accepted:

@@ -8,7 +8,7 @@ that the student's backward runs once, over both its losses, and no gradient rea
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +43,8 @@ class FinetuneConfig:
     teacher: Path
     """Folder of the teacher, whose frozen features the discriminator sees."""
     regression: Path
-    """Folder of the finished run of `ard distill`: its weights, average and optimiser are the start."""
+    """Folder of the finished run of `ard distill`: its weights, average and optimiser are the start. Or of a
+    student alone, whose weights are the start, with an optimiser that knows nothing yet."""
     real: str
     """Real images: fashion-mnist, digits, a folder of `ard encode`, or of images in a subfolder a class."""
     out: Path
@@ -67,10 +68,10 @@ class FinetuneConfig:
     """Peak learning rate of the discriminator; that of the student is --lr."""
     discriminator_time: Literal["clean", "fixed", "random"] = "clean"
     """Time at which the teacher looks: 0, --fixed-time, or uniform over all times for each sample."""
-    fixed_time: int = 999
+    fixed_time: int | None = None
     """The time of --discriminator-time fixed."""
     discriminator_noise: bool = True
-    """Add the noise of a fixed or random time. (The released code looks at t = 999, without noise.)"""
+    """Add the noise of a fixed or random time. (The released code looks at t = 999 without.)"""
     history: Literal["own", "teacher"] = "own"
     """Whose states the judged result comes from: the student's own, as when sampling, or the teacher's
     (teacher forced), as in the released code. docs/gan.md has the experiment."""
@@ -187,21 +188,23 @@ def finetune(config: FinetuneConfig) -> None:
     _check(config)
     accelerator = accelerator_for(o, unused=True)
     store: Trajectories | None = None if config.trajectories is None else TrajectoryStore(config.trajectories)
-    student, trained = load_student(config.regression / "student")
+    run_of_student = (config.regression / "student").is_dir()
+    folder = config.regression / "student" if run_of_student else config.regression
+    student, trained = load_student(folder)
     if store is None:
         store = live_trajectories(config.teacher, trained, o)
     teacher, diffusion = load_teacher(config.teacher)
     store.check_teacher(config.teacher)
-    if config.discriminator_time == "fixed" and not 0 <= config.fixed_time < diffusion.timesteps:
-        raise ValueError(f"fixed_time is {config.fixed_time}, accepted are 0..{diffusion.timesteps - 1}")
-    grid, state = store.of_student(config.regression / "student", trained)
+    time = _fixed_time(config, diffusion)
+    grid, state = store.of_student(folder, trained)
     if config.history == "own" and not 1 <= config.gradient_steps <= student.steps:
         raise ValueError(
             f"gradient_steps is {config.gradient_steps}, accepted are 1..{student.steps}, the student's steps"
         )
-    if not checkpoints(config.out) and not checkpoints(config.regression):
+    if run_of_student and not checkpoints(config.out) and not checkpoints(config.regression):
         raise FileNotFoundError(
-            f"{config.regression}: no checkpoint there; accepted is a run of `ard distill`"
+            f"{config.regression}: no checkpoint there; accepted is a run of `ard distill`, or {folder}, "
+            "whose weights alone are a start, too"
         )
     images = open_images(config.real, student.channels, student.input_size, student.num_classes, config.data)
     named = config.real in ("fashion-mnist", "digits")
@@ -217,7 +220,7 @@ def finetune(config: FinetuneConfig) -> None:
     players = Players(student, teacher, diffusion, config, lambda x: accelerator.reduce(x, "mean"))
     inputs = {
         "teacher": store.manifest["teacher"], "trajectories": store.identity(),
-        "regression": sha256(config.regression / "student" / WEIGHTS),
+        "regression": sha256(folder / WEIGHTS),
     }  # fmt: skip
     run = Run(config.out, "finetune", config, accelerator.is_main_process, inputs)
     shape = (student.channels, *student.input_size)
@@ -231,7 +234,7 @@ def finetune(config: FinetuneConfig) -> None:
         if config.discriminator_time == "random":
             t = (index_uniform(where, o.seed, Stream.TIME) * diffusion.timesteps).long()
         else:
-            t = torch.full((count,), 0 if config.discriminator_time == "clean" else config.fixed_time)
+            t = torch.full((count,), time)
         noise = torch.stack([index_noise(where, shape, o.seed, s) for s in (Stream.MADE, Stream.REAL)])
         return states, labels, real, real_labels, t, noise
 
@@ -246,11 +249,30 @@ def finetune(config: FinetuneConfig) -> None:
             "student": (student, 1.0),
             "discriminator": (players.discriminator, config.discriminator_lr / o.lr),
         },
-        initial=config.regression,
+        initial=config.regression if run_of_student else None, ramp=False,
     )  # fmt: skip
     if accelerator.is_main_process:
         save_student(config.out / "student", student, {**trained, "finetuned": True}, weights)
         print(f"student: {config.out / 'student'}")
+
+
+_LEAST_SIGNAL = 0.01
+
+
+def _fixed_time(config: FinetuneConfig, diffusion: Diffusion) -> int:
+    """At which the teacher looks, unless the times are random."""
+    t, last = config.fixed_time, diffusion.timesteps - 1
+    if config.discriminator_time != "fixed":
+        return 0
+    if t is None or not 0 <= t <= last:
+        raise ValueError(f"fixed_time is {t}, accepted with --discriminator-time fixed are 0..{last}")
+    if config.discriminator_noise and diffusion.alpha[t] < _LEAST_SIGNAL:
+        raise ValueError(
+            f"fixed_time is {t}, where noise leaves {float(diffusion.alpha[t]):.4f} of the image: nothing to "
+            f"tell results by; accepted are times that leave {_LEAST_SIGNAL} and more, or "
+            "--no-discriminator-noise"
+        )
+    return t
 
 
 def _check(config: FinetuneConfig) -> None:
@@ -265,3 +287,18 @@ def _check(config: FinetuneConfig) -> None:
     for name in ("gan_warmup", "gan_ramp"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} is {getattr(config, name)}, accepted is an integer >= 0")
+    if config.gan_warmup >= o.iterations:
+        raise ValueError(
+            f"gan_warmup is {config.gan_warmup}, accepted is less than the iterations, {o.iterations}: else "
+            "the student never learns from the discriminator"
+        )
+    without_effect = [
+        (config.discriminator_time != "fixed", "fixed_time", "discriminator_time"),
+        (config.discriminator_time == "clean", "discriminator_noise", "discriminator_time"),
+        (config.history == "teacher", "gradient_steps", "history"),
+    ]
+    own = {f.name: f.default for f in fields(FinetuneConfig)}
+    for unused, name, by in without_effect:
+        if unused and getattr(config, name) != own[name]:
+            raise ValueError(f"{name} is {getattr(config, name)}, but {by} is {getattr(config, by)!r}, for "
+                             "which it has no effect; accepted is either")  # fmt: skip

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ard.checkpoints import CONFIG
 from ard.encoding import decode
 from ard.models import ARDTransformer
 from ard.sampling import sample
@@ -35,6 +38,8 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]  # to mypy, which do
         vae: decodes its latents; a student in pixels needs none.
 
     `save_pretrained` puts the student into the subfolder `student`, as `ard distill` would write it.
+    `ARDPipeline.from_pretrained` loads that (diffusers' DiffusionPipeline does not know the class), or the
+    folder of a student alone, with which its `vae` may be given.
     """
 
     _optional_components = ["vae"]  # noqa: RUF012  declared by diffusers
@@ -42,6 +47,28 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]  # to mypy, which do
     def __init__(self, student: ARDTransformer, vae: AutoencoderKL | None = None) -> None:
         super().__init__()
         self.register_modules(student=student, vae=vae)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+    ) -> ARDPipeline:
+        """Load a saved pipeline, from a folder or a repository, or a student's folder.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or the name of a repository.
+            options: diffusers'; of a student's folder accepted are vae and torch_dtype.
+
+        Raises:
+            ValueError: another option with a student's folder.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not (folder / CONFIG).is_file() or (folder / cls.config_name).is_file():
+            return super().from_pretrained(pretrained_model_name_or_path, **options)  # type: ignore[no-any-return]
+        vae, dtype = options.pop("vae", None), options.pop("torch_dtype", None)
+        if options:
+            raise ValueError(f"ARDPipeline: {', '.join(options)} is given, but {folder} is a student's "
+                             "folder, with which vae and torch_dtype are accepted")  # fmt: skip
+        return cls(ARDTransformer.from_pretrained(folder, torch_dtype=dtype), vae)
 
     @torch.no_grad()
     def __call__(
@@ -75,13 +102,16 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]  # to mypy, which do
             raise ValueError(
                 f"ARDPipeline: output_type is {output_type!r}, accepted are {', '.join(_OUTPUTS)}"
             )
-        if num_images < 1:
+        if not isinstance(num_images, int) or num_images < 1:
             raise ValueError(f"ARDPipeline: num_images is {num_images}, accepted is an integer >= 1")
         if vae is None and output_type != "latent" and student.channels not in (1, 3):
             raise ValueError(f"ARDPipeline: vae is None, and {student.channels} channels are no picture; "
                              "accepted are a vae, or output_type='latent'")  # fmt: skip
         labels = torch.as_tensor(class_labels, device=student.device).reshape(-1)
         labels = labels.repeat_interleave(num_images)
+        if isinstance(generator, Sequence) and len(generator) != len(labels):
+            raise ValueError(f"ARDPipeline: generator has length {len(generator)}, accepted are one, or one "
+                             f"of each of the {len(labels)} images")  # fmt: skip
         if latents is None:
             shape = (len(labels), student.channels, *student.input_size)
             latents = randn_tensor(shape, generator=generator, device=student.device, dtype=student.dtype)

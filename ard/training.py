@@ -175,6 +175,7 @@ def fit(
     preview: Callable[[nn.Module], Tensor] | None,
     parts: Mapping[str, tuple[nn.Module, float]] | None = None,
     initial: Path | None = None,
+    ramp: bool = True,
 ) -> dict[str, Tensor]:
     """Train to the end, from the newest checkpoint of the run if there is one.
 
@@ -188,6 +189,7 @@ def fit(
             first is averaged, previewed and returned. A part without gradients stays as it is in that
             step. Default: all of the model.
         initial: folder of an earlier run, from whose newest checkpoint the first part starts.
+        ramp: whether the average forgets the weights that it starts from, see `Optimisation.ema`.
 
     Returns:
         The state dict of the first part with averaged weights.
@@ -201,7 +203,7 @@ def fit(
         lr=o.lr, weight_decay=o.weight_decay, betas=(0.9, 0.999), fused=fused,
     )  # fmt: skip
     model.to(accelerator.device)
-    ema = _EMA(averaged, o.ema, ramp=initial is None)
+    ema = _EMA(averaged, o.ema, ramp)
     start = 0
     if checkpoints(run.folder):
         start = _restore(run.folder, model, ema, optimiser, accelerator.scaler)

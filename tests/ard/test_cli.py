@@ -174,7 +174,7 @@ _BAD: dict[str, tuple[Callable[[Place], object], str, str, set[str]]] = {
         _nothing, f"{_DISTILL} --rollout 1.5", r"rollout is 1\.5, accepted is a share", set()),
     "encode, no images": (
         _nothing, "encode --images FILE --vae FILE --out OUT", "FILE", set()),
-    "finetune, no regression": (_nothing, _FINETUNE, r"FILE/student: no config.json there", set()),
+    "finetune, no regression": (_nothing, _FINETUNE, r"FILE: no config.json there", set()),
     "finetune, no trajectories": (
         lambda p: shutil.rmtree(p.store), _FINETUNE, r"no manifest.json there", set()),
     "finetune, half precision": (

@@ -296,6 +296,9 @@ def test_a_pipeline_changes_its_dtype(tmp_path: Path, pipe: ARDPipeline) -> None
     ("arguments", "message"),
     [({"output_type": "jpg"}, "output_type is 'jpg', accepted are pil, np, pt, latent"),
      ({"num_images": 0}, "num_images is 0"),
+     ({"num_images": 2.0}, r"num_images is 2\.0, accepted is an integer"),
+     ({"num_images": 3, "generator": [torch.Generator()] * 2}, "generator has length 2, accepted are one"),
+     ({"generator": [torch.Generator()] * 2}, "generator has length 2, .* each of the 1 images"),
      ({"class_labels": [10]}, r"labels are 10\.\.10, accepted are 0\.\.9"),
      ({"latents": torch.zeros(1, 1, 28, 27)}, "noise has shape"),
      ({"latents": torch.zeros(2, 1, 28, 28)}, "labels has shape")],
@@ -303,6 +306,23 @@ def test_a_pipeline_changes_its_dtype(tmp_path: Path, pipe: ARDPipeline) -> None
 def test_arguments_that_do_not_fit_are_named(pipe: ARDPipeline, arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pipe(**{"class_labels": [1], **arguments})
+
+
+def test_a_students_folder_is_a_pipeline(
+    tmp_path: Path, student: Path, pipe: ARDPipeline, latent_pipe: ARDPipeline
+) -> None:
+    loaded = ARDPipeline.from_pretrained(student)
+    assert _same(loaded.student, pipe.student)
+    assert loaded.vae is None
+    latent_pipe.student.save_pretrained(tmp_path)
+    loaded = ARDPipeline.from_pretrained(tmp_path, vae=latent_pipe.vae, torch_dtype=torch.bfloat16)
+    assert loaded.vae is latent_pipe.vae
+    assert loaded.student.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"variant is given, but .* is a student's folder"):
+        ARDPipeline.from_pretrained(student, variant="fp16")
+    pipe.save_pretrained(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError, match=r"pipe: no config.json there; accepted is .*pipe/student$"):
+        load_student(tmp_path / "pipe")
 
 
 def test_latents_without_a_vae_are_no_pictures(latent_pipe: ARDPipeline) -> None:
