@@ -24,7 +24,7 @@ from ard.models import ARDTransformer
 from ard.pictures import image_grid, save_png
 from ard.precision import PrecisionConfig, computing
 from ard.shards import worker_device
-from ard_kernels.backends import forced
+from ard_kernels.backends import autocast_dtype, forced
 
 
 @torch.no_grad()
@@ -32,7 +32,8 @@ def sample(student: ARDTransformer, noise: Tensor, labels: Tensor, cuda_graph: b
     """The student's trajectories.
 
     Args:
-        noise: (B, C, h, w).
+        student: the student (of a DistributedDataParallel its `module`).
+        noise: (B, C, h, w), in the dtype of the student's weights, or under autocast.
         labels: (B,) int64 in 0..num_classes-1.
         cuda_graph: replay all S steps as one CUDA graph, which takes the launches off the host: the same
             kernels, the same bits. True records at the first call with these shapes; False never does. None,
@@ -45,15 +46,24 @@ def sample(student: ARDTransformer, noise: Tensor, labels: Tensor, cuda_graph: b
         (B, S, C, h, w) in the dtype of the noise: states 1..S. path[:, -1] is the result.
 
     Raises:
-        ValueError: a shape, a label or cuda_graph=True that does not fit; the message names it.
+        ValueError: an argument that does not fit; the message names it.
 
     The history layers keep keys and values of earlier steps, in the autocast dtype where there is one, else
     in the dtype of the weights.
     """
+    if not isinstance(getattr(student, "_orig_mod", student), ARDTransformer):  # torch.compile's wrapper
+        raise ValueError(f"sample: student is {type(student).__name__}, accepted is an ARDTransformer")
+    for name, value in (("noise", noise), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"sample: {name} is {type(value).__name__}, accepted is a Tensor")
     expected = (student.channels, *student.input_size)
     if noise.dim() != 4 or tuple(noise.shape[1:]) != expected:
         raise ValueError(
             f"sample: noise has shape {tuple(noise.shape)}, accepted is (B, {', '.join(map(str, expected))})"
+        )
+    if noise.dtype != student.dtype and autocast_dtype(noise.device) is None:
+        raise ValueError(
+            f"sample: noise is {noise.dtype}, accepted is {student.dtype} as the weights are, or autocast"
         )
     if labels.shape != noise.shape[:1]:
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ard_kernels.backends import autocast_dtype, check_number, choose, implementations
+from ard_kernels.backends import autocast_dtype, check_number, choose, differentiable_once, implementations
 from ard_kernels.layout import BlockLayout, described
 
 _BACKENDS = implementations("adaln")
@@ -180,6 +180,9 @@ def _(
     return _like(x), _like(scale), _like(scale)
 
 
+differentiable_once(_adaln_backward, "adaln")
+
+
 def _adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, shift, scale, ctx.runs, _, _, ctx.backend = inputs
     ctx.set_materialize_grads(False)  # or every backward would fill zero gradients of the statistics
@@ -187,11 +190,18 @@ def _adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.shift_dtype = shift.dtype
 
 
+def _wide(scale: Tensor, shift: torch.dtype) -> Tensor:
+    """In a dtype that holds the gradients of both tables, which come in that of scale."""
+    return scale if scale.dtype == shift else scale.to(torch.promote_types(scale.dtype, shift))
+
+
 def _adaln_grad(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 7
-    dx, dshift, dscale = _adaln_backward(dy, None, *ctx.saved_tensors, ctx.runs, ctx.backend)
-    return dx, dshift.to(ctx.shift_dtype), dscale, None, None, None, None
+    x, scale, mean, rstd = ctx.saved_tensors
+    wide = _wide(scale, ctx.shift_dtype)
+    dx, dshift, dscale = _adaln_backward(dy, None, x, wide, mean, rstd, ctx.runs, ctx.backend)
+    return dx, dshift.to(ctx.shift_dtype), dscale.to(scale.dtype), None, None, None, None
 
 
 _adaln.register_autograd(_adaln_grad, setup_context=_adaln_setup)
@@ -222,6 +232,9 @@ def _gated_residual_backward(
 @_gated_residual_backward.register_fake
 def _(dx: Tensor, branch: Tensor, gate: Tensor, runs: Sequence[int], backend: str) -> tuple[Tensor, Tensor]:
     return _like(branch), _like(gate)
+
+
+differentiable_once(_gated_residual_backward, "gated_residual")
 
 
 def _gated_residual_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -277,6 +290,9 @@ def _(
     return _like(x), _like(branch), _like(gate), _like(scale), _like(scale)
 
 
+differentiable_once(_gated_residual_adaln_backward, "gated_residual_adaln")
+
+
 def _gated_residual_adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, branch, gate, shift, scale, ctx.runs, _, _, ctx.backend = inputs
     x, y, mean, rstd = output
@@ -290,12 +306,15 @@ def _gated_residual_adaln_grad(
 ) -> tuple[Tensor | None, ...]:
     if dx is None and dy is None:
         return (None,) * 9
-    x, *saved = ctx.saved_tensors  # once: activation checkpointing recomputes them for it
+    # Once: activation checkpointing recomputes them for it.
+    x, branch, gate, scale, mean, rstd = ctx.saved_tensors
     dx = torch.zeros_like(x) if dx is None else dx
     dy = torch.zeros_like(x, dtype=ctx.y_dtype) if dy is None else dy
-    grads = _gated_residual_adaln_backward(dx, dy, x, *saved, ctx.runs, ctx.backend)
+    wide = _wide(scale, ctx.shift_dtype)
+    grads = _gated_residual_adaln_backward(dx, dy, x, branch, gate, wide, mean, rstd, ctx.runs, ctx.backend)
     dx, dbranch, dgate, dshift, dscale = grads
-    return dx, dbranch, dgate, dshift.to(ctx.shift_dtype), dscale, None, None, None, None
+    tables = dgate, dshift.to(ctx.shift_dtype), dscale.to(scale.dtype)
+    return dx, dbranch, *tables, None, None, None, None
 
 
 _gated_residual_adaln.register_autograd(_gated_residual_adaln_grad, setup_context=_gated_residual_adaln_setup)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ard_kernels.backends import autocast_dtype, check_number, choose, implementations
+from ard_kernels.backends import autocast_dtype, check_number, choose, differentiable_once, implementations
 from ard_kernels.layout import BlockLayout, Mask, check_mask, described
 
 _BACKENDS = implementations("attention")
@@ -26,8 +26,8 @@ def block_attention(
     """Attention in which the tokens of one block see all tokens of the blocks that `mask` names.
 
     Args:
-        q, k, v: (B, T, H, Dh), T = layout.total, one floating dtype; any strides (slices of a packed qkv
-            included).
+        q, k, v: (B, T, H, Dh), T = layout.total, one floating dtype (under autocast any); any strides
+            (slices of a packed qkv included).
         layout: the blocks.
         mask: "causal" (blocks 0..i), "diagonal" (block i), "window" (i-1 and i) or "anchor" (0 and i).
         scale: factor on q k^T; None is Dh ** -0.5.
@@ -113,8 +113,9 @@ def _check(name: str, layout: BlockLayout, mask: str, block: int | None, **tenso
                              "B, H and Dh must be the same")  # fmt: skip
         if x.dtype not in _FLOATS:
             raise ValueError(f"{name}: {label} is {x.dtype}, accepted are {', '.join(map(str, _FLOATS))}")
-        if x.device != q.device or x.dtype != q.dtype:
-            raise ValueError(f"{name}: {label} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}")
+        if x.device != q.device or (x.dtype != q.dtype and autocast_dtype(q.device) is None):
+            raise ValueError(f"{name}: {label} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; "
+                             "accepted is one dtype (but under autocast) and one device")  # fmt: skip
 
 
 @torch.library.custom_op("ard_kernels::block_attention", mutates_args=())
@@ -133,8 +134,8 @@ def _block_attention(
 def _(
     q: Tensor, k: Tensor, v: Tensor, runs: Sequence[int], mask: str, scale: float, block: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    layout = BlockLayout.of_runs(runs)
-    keeps = _BACKENDS[backend].attention_keeps_lse(q, layout, cast(Mask, mask), block)
+    # Not the layout: made of variables it would be a constant of the graph.
+    keeps = _BACKENDS[backend].attention_keeps_lse(q, runs, cast(Mask, mask), block)
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]) if keeps else (0,), dtype=wide)
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
@@ -159,6 +160,9 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv
+
+
+differentiable_once(_block_attention_backward, "block_attention")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -79,13 +79,19 @@ class BlockLayout:
     def longest(self) -> int:
         return max(self.runs[1::2])
 
+    def _check(self, block: int) -> None:
+        if not 0 <= block < self.blocks:
+            raise ValueError(f"BlockLayout: block is {block}, accepted are 0..{self.blocks - 1}")
+
     def slice(self, block: int) -> slice:
         """The tokens of one block."""
+        self._check(block)
         return slice(self.bounds[block], self.bounds[block + 1])
 
     def key_ranges(self, block: int, mask: Mask) -> tuple[tuple[int, int], ...]:
         """The (start, stop) ranges of keys that `block` attends to: ascending, disjoint, at most two."""
         check_mask(mask, "BlockLayout")
+        self._check(block)
         start, stop = self.bounds[block], self.bounds[block + 1]
         if mask == "causal":
             return ((0, stop),)
@@ -98,7 +104,7 @@ class BlockLayout:
     def area(self, mask: Mask, block: int | None = None) -> int:
         """Number of visible (query, key) pairs, of one block or of all."""
         chosen = range(self.blocks) if block is None else (block,)
-        return sum(self.lengths[s] * sum(b - a for a, b in self.key_ranges(s, mask)) for s in chosen)
+        return sum(sum(b - a for a, b in self.key_ranges(s, mask)) * self.lengths[s] for s in chosen)
 
     def block_ids(self, device: torch.device | str | None = None) -> torch.Tensor:
         """(T,) int64: the block of every token."""

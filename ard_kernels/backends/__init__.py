@@ -22,6 +22,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
 _ENVIRONMENT = "ARD_KERNELS_BACKEND"
@@ -156,6 +157,17 @@ def check_tangents(where: str, *tensors: Tensor) -> None:
         )
 
 
+def differentiable_once(backward: CustomOpDef, where: str) -> None:
+    """Of an operator's backward: what differentiates it again gets an error by name."""
+
+    def refuse(ctx: object, *gradients: object) -> None:
+        raise NotImplementedError(
+            f"{where}: is differentiated twice, accepted is once; ard_kernels.reference.{where} has both"
+        )
+
+    backward.register_autograd(refuse)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast casts to there; None where it is off. It does not know the meta device."""
     on = device.type != "meta" and torch.is_autocast_enabled(device.type)
@@ -166,7 +178,7 @@ def check_number(where: str, name: str, value: object) -> None:
     """An error for what is no number, a tensor above all: it would get no gradient."""
     if not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
         raise ValueError(
-            f"{where}: {name} is {type(value).__name__}, accepted is a number, which is not differentiated"
+            f"{where}: {name} is {type(value).__name__}, accepted is an int or a float (it gets no gradient)"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def supports(*tensors: Tensor) -> str | None:
     return None
 
 
-def attention_keeps_lse(q: Tensor, layout: BlockLayout, mask: Mask, block: int) -> bool:
+def attention_keeps_lse(q: Tensor, runs: Sequence[int], mask: Mask, block: int) -> bool:
     """True: the fused CPU kernel is used, whose backward wants the log-sum-exp. False: plain matmuls."""
     if q.device.type != "cpu":
         return False
@@ -41,6 +41,7 @@ def attention_keeps_lse(q: Tensor, layout: BlockLayout, mask: Mask, block: int) 
     # keys, 11 against 21 at 1024, 101 against 112 at 4096 (4 samples, 256 queries, 6 heads of 64, one thread
     # of a busy machine). With one sample the two are closer: 1.0 against 1.6 at 256, 2.9 against 2.7 at 512,
     # 18 against 22 at 4096.
+    layout = BlockLayout.of_runs(runs)
     most = max(sum(b - a for a, b in layout.key_ranges(s, mask)) for s in range(layout.blocks))
     return block < 0 and most > _MATMUL_KEYS
 
@@ -80,7 +81,7 @@ def _folds(layout: BlockLayout, mask: Mask, block: int) -> bool:
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, mask: Mask, scale: float, block: int
 ) -> tuple[Tensor, Tensor]:
-    fused = attention_keeps_lse(q, layout, mask, block)
+    fused = attention_keeps_lse(q, layout.runs, mask, block)
     if _folds(layout, mask, block):
         single = BlockLayout(layout.lengths[:1])
         out, lse = attention_forward(
@@ -106,7 +107,7 @@ def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: BlockLayout, mask: Mask,
     scale: float, block: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    fused = attention_keeps_lse(q, layout, mask, block)
+    fused = attention_keeps_lse(q, layout.runs, mask, block)
     if _folds(layout, mask, block):
         single = BlockLayout(layout.lengths[:1])
         if fused:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from ard_kernels.layout import MASKS, BlockLayout, Mask
 __all__ = ["attention_backward", "attention_forward", "attention_keeps_lse", "supports"]
 
 
-def attention_keeps_lse(q: Tensor, layout: BlockLayout, mask: Mask, block: int) -> bool:
+def attention_keeps_lse(q: Tensor, runs: Sequence[int], mask: Mask, block: int) -> bool:
     return True
 
 

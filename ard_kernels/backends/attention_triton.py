@@ -64,7 +64,7 @@ def supports(*tensors: Tensor) -> str | None:
     return reason
 
 
-def attention_keeps_lse(q: Tensor, layout: BlockLayout, mask: Mask, block: int) -> bool:
+def attention_keeps_lse(q: Tensor, runs: Sequence[int], mask: Mask, block: int) -> bool:
     """The backward always wants the log-sum-exp."""
     return True
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 import ard
 from ard import sampling
-from ard.checkpoints import load_student
+from ard.checkpoints import load_student, load_teacher
 from ard.data import Stream, index_noise, to_uint8
 from ard.models import ARDTransformer
 from ard.sampling import SampleConfig, run
@@ -79,6 +79,29 @@ def test_what_does_not_fit_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         ard.sample(model, torch.zeros(shape), torch.tensor(labels))
+
+
+def test_what_is_no_student_or_tensor_is_named(model: ARDTransformer, teacher: Path) -> None:
+    noise, labels = torch.zeros(2, 1, 28, 28), torch.tensor([0, 1])
+    narrow = copy.deepcopy(model).bfloat16()
+    for arguments, message in (
+        ((load_teacher(teacher)[0], noise, labels), "student is DiT, accepted is an ARDTransformer"),
+        ((model, noise.numpy(), labels), "noise is ndarray, accepted is a Tensor"),
+        ((model, noise, [0, 1]), "labels is list, accepted is a Tensor"),
+        (
+            (model, noise.int(), labels),
+            r"noise is torch\.int32, accepted is torch\.float32 as the weights are",
+        ),
+        ((narrow, noise, labels), r"noise is torch\.float32, accepted is torch\.bfloat16 as the weights are"),
+    ):
+        with pytest.raises(ValueError, match="^sample: " + message):
+            ard.sample(*arguments)  # type: ignore[arg-type]
+    assert ard.sample(narrow, noise.bfloat16(), labels).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ard.sample(narrow, noise, labels).dtype == torch.float32
+    torch.testing.assert_close(
+        ard.sample(torch.compile(model, backend="eager"), noise, labels), ard.sample(model, noise, labels)
+    )
 
 
 def test_files_hold_the_samples(model: ARDTransformer, student: Path, tmp_path: Path) -> None:

@@ -181,6 +181,17 @@ def test_mixed_dtypes(
     _check(assert_accurate, name, tuple(inputs.values()), layout)
 
 
+@pytest.mark.parametrize("name", ["adaln", "gated_residual_adaln"])
+@pytest.mark.parametrize("wide", ["shift", "scale"])
+def test_tables_of_two_dtypes(
+    backend: str, assert_accurate: Callable[..., None], name: str, wide: str
+) -> None:
+    """The gradient of neither is rounded to the other's."""
+    inputs = dict(zip(_TAKES[name], _inputs(name, RAGGED, 2, 40, torch.float32, torch.bfloat16), strict=True))
+    inputs[wide] = normal(*inputs[wide].shape, seed=7)
+    _check(assert_accurate, name, tuple(inputs.values()), RAGGED)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -441,3 +452,13 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
         arguments = {label: _GOOD[label] for label in labels}
         with pytest.raises(ValueError, match=f"^{name}: {message}"):
             _OURS[name](**{**arguments, "layout": RAGGED, **change})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_derivative_is_refused_by_name(name: str) -> None:
+    leaves = [x.detach().requires_grad_() for x in _inputs(name, RAGGED, 1, 16, torch.float32, torch.float32)]
+    out = _OURS[name](*leaves, RAGGED)
+    total = sum(y.square().sum() for y in (out if isinstance(out, tuple) else (out,)))
+    gradients = torch.autograd.grad(total, leaves, create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"^{name}: is differentiated twice, accepted is once"):
+        sum(g.sum() for g in gradients).backward()  # type: ignore[union-attr,no-untyped-call]

@@ -264,7 +264,7 @@ def test_backends_forced_by_several_threads_end_one_by_one() -> None:
 
 def test_numbers_are_no_tensors() -> None:
     q = torch.zeros(1, 5, 1, 16)
-    with pytest.raises(ValueError, match=r"^block_attention: scale is Tensor, accepted is a number"):
+    with pytest.raises(ValueError, match=r"^block_attention: scale is Tensor, accepted is an int or a float"):
         block_attention(q, q, q, _LAYOUT, scale=torch.tensor(0.3, requires_grad=True))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^adaln: eps is str"):
         ard_kernels.adaln(_X, _TABLE, _TABLE, _LAYOUT, eps="small")  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 from variants import normal, takes
 
 from ard_kernels import gelu, reference, use_backend
@@ -133,3 +134,24 @@ def test_other_dtypes_are_pytorchs_and_demanding_the_kernel_for_them_is_an_error
 def test_a_bad_argument_is_named() -> None:
     with pytest.raises(ValueError, match=r"^gelu: x is torch\.int64, accepted are floating dtypes"):
         gelu(torch.arange(3))
+
+
+def test_unusual_tensors_are_pytorchs() -> None:
+    """Which takes them, or says why not."""
+    parts = [normal(2, 8), normal(5, 8, seed=1)]
+    for layout in (torch.jagged, torch.strided):
+        x = torch.nested.nested_tensor(parts, layout=layout)
+        for got, wanted in zip(gelu(x).unbind(), parts, strict=True):
+            torch.testing.assert_close(got, torch.nn.functional.gelu(wanted, approximate="tanh"))
+    with use_backend("native"), pytest.raises(ValueError, match="x is nested, accepted are strided tensors"):
+        gelu(x)
+    two = TwoTensor(normal(3), normal(3, seed=1))
+    torch.testing.assert_close(gelu(two).b, torch.nn.functional.gelu(two.b, approximate="tanh"))
+
+
+def test_a_second_derivative_is_refused_by_name() -> None:
+    x = normal(3).requires_grad_()
+    with use_backend("native"):
+        (dx,) = torch.autograd.grad(gelu(x).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"^gelu: is differentiated twice"):
+        dx.sum().backward()  # type: ignore[no-untyped-call]

@@ -122,5 +122,18 @@ def test_bad_uniform_and_mask_are_named() -> None:
         BlockLayout((2, 2)).mask("full")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("block", [-1, 2])
+def test_a_block_that_is_not_there_is_named(block: int) -> None:
+    """Negative ones are not counted from the end: the tokens of -1 would be none."""
+    layout = BlockLayout((3, 4))
+    for method in (
+        lambda: layout.slice(block),
+        lambda: layout.area("causal", block),
+        lambda: layout.key_ranges(block, "window"),
+    ):
+        with pytest.raises(ValueError, match=rf"BlockLayout: block is {block}, accepted are 0\.\.1"):
+            method()  # type: ignore[no-untyped-call]
+
+
 def test_mask_lies_on_the_device_asked_for() -> None:
     assert BlockLayout((2, 3)).block_ids("meta").device == torch.device("meta")
