@@ -9,15 +9,20 @@ Launches differ in speed and in the order of sums, not in meaning.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 
 import torch
+
+from ard_kernels.layout import BlockLayout
 
 _VARIABLE = "ARD_KERNELS_LAUNCHES"
 
@@ -121,28 +126,78 @@ def write(gpu: str, found: dict[str, Launch]) -> Path:
     return path
 
 
+_Call = Callable[[], tuple[torch.Tensor, ...]]
+
+
+def _calls(dim: int, layout: BlockLayout, batch: int, heads: int) -> dict[str, tuple[_Call, _Call]]:
+    """By kernel, the call that runs it, and what gives the same results by PyTorch's operators in float32."""
+    from ard_kernels.backends import attention_eager, attention_triton
+
+    packed = torch.randn(batch, layout.total, 4, heads, dim, device="cuda", dtype=torch.bfloat16)
+    q, k, v, dout = packed.unbind(2)
+    options = layout, "causal", dim**-0.5, -1
+    out, lse = attention_triton.attention_forward(q, k, v, *options)  # type: ignore[arg-type]
+
+    def forward() -> tuple[torch.Tensor, ...]:
+        return attention_triton.attention_forward(q, k, v, *options)[:1]  # type: ignore[arg-type]
+
+    def backward() -> tuple[torch.Tensor, ...]:
+        return attention_triton.attention_backward(dout, q, k, v, out, lse, *options)  # type: ignore[arg-type]
+
+    def exact(differentiated: bool) -> tuple[torch.Tensor, ...]:
+        wide = q.float(), k.float(), v.float()
+        made, kept = attention_eager.attention_forward(*wide, *options)  # type: ignore[arg-type]
+        if not differentiated:
+            return (made,)
+        return attention_eager.attention_backward(dout.float(), *wide, made, kept, *options)  # type: ignore[arg-type]
+
+    return {"forward": (forward, partial(exact, False)), "dq": (backward, partial(exact, True)),
+            "dkv": (backward, partial(exact, True))}  # fmt: skip
+
+
+# Relative error above which a launch is wrong: bfloat16 products and results are within a hundredth.
+_WRONG = 0.02
+
+
+def checked(call: _Call, exact: tuple[torch.Tensor, ...], time: Callable[[_Call], float]) -> float:
+    """`time` of a call whose results are right; ArithmeticError where they are not, as an assembler's fault
+    in one of many launches would make them."""
+    for got, wanted in zip(call(), exact, strict=True):
+        error = float((got.float() - wanted).norm() / wanted.norm())
+        if not error <= _WRONG:
+            raise ArithmeticError(f"wrong results, relative error {error:.1e}")
+    return time(call)
+
+
+def _compile(name: str, kernel: str, at: Launch, dim: int, length: int, heads: int) -> None:
+    """Runs a kernel once with a launch, in a process of its own: its code stays in Triton's cache."""
+    _trial[name] = at
+    with contextlib.suppress(Exception):  # the measurement meets it again, and says so
+        _calls(dim, BlockLayout.uniform(4, length), 2, heads)[kernel][0]()
+    _trial.clear()
+
+
 def tune(dims: list[int], length: int, batch: int, heads: int = 16) -> dict[str, Launch]:
     """Measures forward, dq and dkv for block-causal attention over four blocks in bfloat16, and writes the
-    table after each."""
+    table after each. Launches with wrong results are passed over."""
     from triton.testing import do_bench
 
     from ard_kernels.backends import attention_triton as kernels
-    from ard_kernels.layout import BlockLayout
 
     gpu = torch.cuda.get_device_name()
     layout = BlockLayout.uniform(4, length)
+    whole = kernels.is_whole(layout)
+    jobs = [(key(kernel, dim, whole), kernel, at, dim, length, heads)
+            for dim in dims for kernel in ("forward", "dq", "dkv") for at in candidates()]  # fmt: skip
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(_compile, *job) for job in jobs]
+        for done, _ in enumerate(as_completed(waiting), 1):  # no tqdm: this package needs PyTorch alone
+            print(f"compiled {done} of {len(jobs)}", end="\n" if done == len(jobs) else "\r", flush=True)
     found = {}
     for dim in dims:
-        packed = torch.randn(batch, layout.total, 4, heads, dim, device="cuda", dtype=torch.bfloat16)
-        q, k, v, dout = packed.unbind(2)
-        forward = partial(kernels.attention_forward, q, k, v, layout, "causal", dim**-0.5, -1)
-        out, lse = forward()
-        backward = partial(
-            kernels.attention_backward, dout, q, k, v, out, lse, layout, "causal", dim**-0.5, -1
-        )
-        for kernel, call in (("forward", forward), ("dq", backward), ("dkv", backward)):
-            name = key(kernel, dim, kernels.is_whole(layout))
-            best = fastest(name, partial(do_bench, call), partial(print, flush=True))
+        for kernel, (call, exact) in _calls(dim, layout, batch, heads).items():
+            name = key(kernel, dim, whole)
+            best = fastest(name, partial(checked, call, exact(), do_bench), partial(print, flush=True))
             if best is not None:
                 found[name] = _trial[name] = best[0]  # dkv is measured beside the best dq
                 print(f"{name}: best {best[0]}, {best[1]:.3f} ms; in {write(gpu, found)}", flush=True)

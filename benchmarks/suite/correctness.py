@@ -329,6 +329,9 @@ def _poison(device: str) -> None:
             _ = [torch.full((size,), torch.nan, device=device) for _ in range(count)]
 
 
+_THOROUGH = 30.0  # seconds that one may take on a GPU, most of them compiling
+
+
 def correctness(rec: Recorder) -> None:
     """This process's share of all cases; the rest goes on after a failure, unless the device is lost."""
     # What deterministic matrix products on CUDA ask for; read when the first one runs.
@@ -339,11 +342,15 @@ def correctness(rec: Recorder) -> None:
     groups = list(dict.fromkeys(case.group for case in cases(rec.quick)))
     mine = set(groups[index::count])
     todo = with_backends([case for case in cases(rec.quick) if case.group in mine], rec.device)
+    todo.sort(key=lambda one: not one[0].thorough)  # the longest first: torch.compile makes their code
     done = 0
+    skipped: list[str] = []
     for case, backend in todo:
-        if rec.left() < 3:
-            rec.omit(f"{len(todo) - done} of {len(todo)} cases, from {backend} {case.name} on")
-            break
+        if rec.left() < (_THOROUGH if case.thorough and rec.device == "cuda" else 3):
+            skipped.append(f"{backend} {case.name}")
+            continue
+        rec.doing = f"{backend} {case.name}"
+        rec.save()
         try:
             errors = check(case, backend, rec.device)
             if rec.device == "cuda":
@@ -358,8 +365,10 @@ def correctness(rec: Recorder) -> None:
                              "largest": [e[0] for e in errors], "rms": [e[1] for e in errors]})  # fmt: skip
         done += 1
         if done % 20 == 0:
-            rec.save()
             rec.say(f"{done} of {len(todo)} cases, {len(rec.failures)} failed")
+    rec.doing = ""
+    if skipped:
+        rec.omit(f"{len(skipped)} of {len(todo)} cases, the first {skipped[0]}")
     rec.save()
     rec.say(f"{done} of {len(todo)} cases done, {len(rec.failures)} failed")
 

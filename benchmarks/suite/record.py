@@ -49,6 +49,8 @@ class Recorder:
         self.errors: dict[str, str] = {}
         self.failures: dict[str, str] = {}
         self.omitted: list[str] = []
+        self.doing = ""
+        """For the note of a process that had to be stopped."""
 
     def left(self) -> float:
         """Seconds."""
@@ -103,7 +105,7 @@ class Recorder:
 
     def save(self) -> None:
         write_json(self._path, {"rows": self.rows, "errors": self.errors, "failures": self.failures,
-                                "omitted": self.omitted})  # fmt: skip
+                                "omitted": self.omitted, "doing": self.doing})  # fmt: skip
 
 
 def reason(error: BaseException | str) -> str:

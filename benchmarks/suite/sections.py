@@ -29,6 +29,8 @@ _MUST_END = ("correctness", "sanitizer")
 # Seconds between the end of a section's time, which it sees itself, and the end of its process.
 _GRACE = 20.0
 
+_STOPPED = "was stopped at its time limit"
+
 # Processes that divide the correctness checks: compilation of kernels is what they wait for. With the
 # sanitizer's they leave one core of 16.
 _PROCESSES = 14
@@ -79,7 +81,7 @@ def run(
         if process.is_alive():
             process.kill()
             process.join()
-            ends[job] = "was stopped at its time limit"
+            ends[job] = _STOPPED
         elif process.exitcode:
             ends[job] = f"ended with exit code {process.exitcode}"
     return {**_merged(paths, ends), "seconds": time.monotonic() - start}
@@ -88,8 +90,10 @@ def run(
 def _merged(paths: dict[str, Path], ends: dict[str, str]) -> dict[str, Any]:
     """What all processes of a section found."""
     found: dict[str, Any] = {"rows": [], "errors": {}, "failures": {}, "omitted": []}
-    for path in paths.values():
+    doing = {}
+    for job, path in paths.items():
         part = json.loads(path.read_text()) if path.exists() else {}
+        doing[job] = part.get("doing")
         for key, collected in found.items():
             if isinstance(collected, dict):
                 collected.update(part.get(key, {}))
@@ -97,6 +101,9 @@ def _merged(paths: dict[str, Path], ends: dict[str, str]) -> dict[str, Any]:
                 collected.extend(part.get(key, []))
         path.unlink(missing_ok=True)
     for job, end in ends.items():
-        must = job.startswith("correctness")
-        found["failures" if must else "errors"][f"process {job}"] = end
+        # What had no time is named, and not wrong; what died may be.
+        wrong = job.startswith("correctness") and end != _STOPPED
+        found["failures" if wrong else "errors"][f"process {job}"] = (
+            f"{end}, in {doing[job]}" if doing[job] else end
+        )
     return found

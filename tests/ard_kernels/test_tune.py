@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from ard_kernels import tune
 from ard_kernels.__main__ import main
-from ard_kernels.tune import Launch, candidates, fastest, key, tuned, write
+from ard_kernels.tune import Launch, candidates, checked, fastest, key, tuned, write
 
 
 @pytest.fixture
@@ -40,6 +41,31 @@ def test_the_fastest_that_runs_is_chosen(path: Path) -> None:
     assert best == (seen[-2], times[seen[-2]])
     assert "out of resource" in said[-1]
     assert tuned("GPU", "forward 72") is None
+
+
+def test_a_launch_with_wrong_results_is_passed_over(path: Path) -> None:
+    """However fast it is."""
+    at = list(candidates())
+    exact = (torch.ones(3), torch.full((3,), 2.0))
+
+    def call() -> tuple[torch.Tensor, ...]:
+        error = {at[0]: 0.01, at[1]: 0.03, at[2]: float("nan")}.get(tuned("GPU", "dq 72") or at[3], 1.0)
+        return exact[0], exact[1] * (1 + error)
+
+    said: list[str] = []
+    best = fastest("dq 72", lambda: checked(call, exact, lambda _: 5.0), said.append)
+    assert best == (at[0], 5.0)
+    assert said[1].endswith("ArithmeticError: wrong results, relative error 3.0e-02")
+    assert said[2].endswith("wrong results, relative error nan")
+
+
+@pytest.mark.gpu
+def test_tuning_writes_what_later_calls_take(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "candidates", lambda: iter([Launch(64, 64, 4, 2), Launch(128, 64, 8, 2)]))
+    found = tune.tune([64], 128, 1, heads=2)
+    assert set(found) == {"forward 64", "dq 64", "dkv 64"}
+    tune._table.cache_clear()
+    assert {name: tuned(torch.cuda.get_device_name(), name) for name in found} == found
 
 
 def test_the_table_is_kept_per_gpu(path: Path) -> None:

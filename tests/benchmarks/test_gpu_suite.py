@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from ard_kernels import BlockLayout, reference
 from ard_kernels.backends import attention_eager
 from benchmarks import gpu_suite
-from benchmarks.suite import attention, correctness
+from benchmarks.suite import attention, correctness, sections
 from benchmarks.suite.record import Recorder, Settings
 from benchmarks.suite.report import best_of
 from benchmarks.suite.sections import SECTIONS, run
@@ -122,6 +123,38 @@ def test_a_section_that_does_not_end_is_ended(tmp_path: Path) -> None:
     found = run("training", Settings("cpu", True), tmp_path, 60, time.monotonic() + 0.2, isolated=True)
     assert found["errors"] == {"process training": "was stopped at its time limit"}
     assert found["seconds"] < 30
+
+
+def test_a_process_that_is_stopped_says_where_and_one_that_dies_fails(tmp_path: Path) -> None:
+    path = tmp_path / "correctness-3.json"
+    for end, kind in ((sections._STOPPED, "errors"), ("ended with exit code -11", "failures")):
+        path.write_text(json.dumps({"rows": [{}], "omitted": [], "doing": "triton causal 72"}))
+        found = sections._merged({"correctness-3": path}, {"correctness-3": end})
+        assert found.pop(kind) == {"process correctness-3": f"{end}, in triton causal 72"}
+        assert found.pop("rows") == [{}]
+        assert not any(found.values())
+
+
+def test_cases_that_take_long_come_first_and_only_while_there_is_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(correctness, "check", lambda case, *_: seen.append(case.thorough) or [])
+    rec = Recorder("correctness", Settings("cpu", True), tmp_path / "x.json", 60)
+    correctness.correctness(rec)
+    assert seen == sorted(seen, reverse=True)
+    assert {True, False} == set(seen)
+    assert not rec.omitted
+    assert json.loads((tmp_path / "x.json").read_text())["doing"] == ""
+    monkeypatch.setattr(correctness, "with_backends", lambda cases, _: [(case, "eager") for case in cases])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    done = len(seen)
+    rec = Recorder("correctness", Settings("cuda", True), tmp_path / "x.json", 20)
+    correctness.correctness(rec)
+    assert seen[done:]
+    assert not any(seen[done:])
+    (omitted,) = rec.omitted
+    assert re.match(r"\d+ of \d+ cases, the first eager ", omitted)
 
 
 def test_a_section_in_a_process_of_its_own_reports(tmp_path: Path) -> None:
