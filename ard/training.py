@@ -326,7 +326,10 @@ def accelerator_for(o: Optimisation, unused: bool = False) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision="no" if o.precision == "tf32" else o.precision,
         cpu=not torch.cuda.is_available(),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+        kwargs_handlers=[
+            # Gradients lie where they are reduced: no second copy of them.
+            DistributedDataParallelKwargs(find_unused_parameters=unused, gradient_as_bucket_view=True)
+        ],
     )
     if accelerator.distributed_type in _SHARDED:
         raise ValueError(f"accelerate is set up for {accelerator.distributed_type.value}, accepted is DDP: "

@@ -39,6 +39,8 @@ class RecipeConfig:
     """Of the regression stage, batch 64."""
     gan_iterations: int = 20_000
     """Of the GAN stage, batch 48, all of them with both players."""
+    images: int = 1_281_167
+    """Real images of the GAN stage: ImageNet's."""
     tflops: float = 400.0
     """Sustained TFLOP/s of one GPU: an assumption, until one was measured."""
     out: Path = RESULTS / "recipe.json"
@@ -99,9 +101,13 @@ def main() -> None:
         "trajectory_bytes": (2 + 2 * 4) * state_bytes,
         "trajectories_gb": config.trajectories * (2 + 2 * 4) * state_bytes / 1e9,
         "student_weights": weights, "discriminator_weights": heads, "teacher_weights": frozen,
-        "regression_state_gib": 20 * weights / _GIB,  # float32: weights, gradients, two moments, average
-        "gan_state_gib": (20 * weights + 16 * heads + 4 * frozen) / _GIB,
+        # Float32: weights, gradients (which DDP reduces where they are), two moments, average; and what bf16
+        # autocast keeps of the weights until the backward.
+        "regression_state_gib": (20 + 2) * weights / _GIB,
+        "gan_state_gib": ((20 + 2) * weights + (16 + 2) * heads + (4 + 2) * frozen) / _GIB,
         "checkpoint_gb": 16 * weights / 1e9,
+        "gan_checkpoint_gb": (16 * weights + 12 * heads) / 1e9,
+        "latents_gb": config.images * 2 * state_bytes / 1e9,  # of an image and of its mirror image
         "recording_gpu_hours": recording / per_second / 3600,
         "regression_gpu_hours": config.iterations * 64 * passes / per_second / 3600,
         "gan_gpu_hours": config.gan_iterations * 48 * adversarial / per_second / 3600,
