@@ -4,7 +4,7 @@
     python -m benchmarks.gan_options --table runs/table --out runs/gan-options
 
 Everything else is as in the table's row "ARD, some layers + GAN", whose seed 0 is the run with the defaults.
-What is there already is not made again. Writes gan_options.json and gan_options.md.
+What is there already is not made again. Writes gan_options.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 import tyro
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from ard.assets import ASSETS
 from ard.checkpoints import read_json, write_json, write_text
 from ard.evaluation import evaluate_checkpoints
 from ard.finetuning import FinetuneConfig, finetune
-from ard.runs import plain
+from ard.runs import plain, read_log
 from benchmarks.common import environment
 from benchmarks.fashion_table import ROWS, TableConfig, _folder, _optimisation
 
@@ -141,6 +142,27 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _picture(rows: list[dict[str, Any]], log: list[dict[str, Any]], path: Path) -> None:
+    """Every run's Frechet distance, and what the log of the run with the defaults says."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    before, *others = rows
+    for i, row in enumerate(others):
+        points = [*before["curve"], *row["curve"]]
+        steps, distances = [p["step"] for p in points], [p["frechet"] for p in points]
+        left.plot(steps, distances, color=f"C{i}", marker=".", label=row["name"])
+    left.set(title="Frechet distance", xlabel="step", yscale="log")
+    left.legend(fontsize=7)
+    steps = [line["step"] for line in log]
+    for name, label in (("real", "of real images"), ("made", "of the student's")):
+        middle.plot(steps, [line[name] for line in log], label=label)
+    middle.set(title="Mean logits of the discriminator, the defaults", xlabel="step")
+    middle.legend()
+    right.plot(steps, [line["regression"] for line in log])
+    right.set(title="Regression loss, the defaults", xlabel="step", yscale="log")
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     config = tyro.cli(OptionsConfig, config=(tyro.conf.OmitArgPrefixes,))
     if unknown := set(config.only) - set(OPTIONS):
@@ -159,9 +181,11 @@ def main() -> None:
             done.result()
             bar.update()
     rows = _collect(config)
-    result = {"rows": rows, "config": plain(config), "environment": environment()}
+    log = read_log(_folder(TableConfig(config.table), _ROW.key, 0))
+    result = {"rows": rows, "log": log, "config": plain(config), "environment": environment()}
     write_json(config.out / "gan_options.json", result)
     write_text(config.out / "gan_options.md", _markdown(rows))
+    _picture(rows, log, config.out / "gan_options.png")
     print(_markdown(rows))
 
 

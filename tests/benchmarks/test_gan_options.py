@@ -50,7 +50,10 @@ def _run(folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
 def test_each_run_differs_from_the_tables_in_its_options_alone(
     tmp_path: Path, runs: dict[Path, FinetuneConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _evaluated(tmp_path / "table" / "s4-n2-causal-gan" / "seed-0", (1, 2, 3, 4), 5)
+    run = tmp_path / "table" / "s4-n2-causal-gan" / "seed-0"
+    _evaluated(run, (1, 2, 3, 4), 5)
+    log = [{"step": step, "real": 1.0, "made": -1.0, "regression": 0.1} for step in (1, 2)]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     _run(tmp_path, monkeypatch)
     # The table's run, as it trains it.
     monkeypatch.setattr(fashion_table, "finetune", lambda config: runs.setdefault(Path("table"), config))
@@ -71,6 +74,8 @@ def test_each_run_differs_from_the_tables_in_its_options_alone(
 
     result = json.loads((tmp_path / "out" / "gan_options.json").read_text())
     assert [row["name"] for row in result["rows"]] == ["before", "the defaults", *OPTIONS]
+    assert result["log"] == log
+    assert (tmp_path / "out" / "gan_options.png").stat().st_size > 10_000
     text = (tmp_path / "out" / "gan_options.md").read_text().splitlines()
     assert text[2] == "| before | 0 | 40.00 | 0.250 | 0.750 | 0.1000 | 0.2000 |"
     assert text[3:5] == ["| the defaults | 1 | 6.00 | 0.250 | 0.750 | 0.1000 | 0.2000 |",
