@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ard.checkpoints import read_json, read_tensors, remove, replacing, sha256, write_json, write_tensors
+from ard.machine import cpu_name, git
 
 
 def versions() -> dict[str, str]:
@@ -24,13 +25,12 @@ def versions() -> dict[str, str]:
         own = version("ard")
     except PackageNotFoundError:
         own = "not installed"
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine()
-    )
-    return {"ard": own, "torch": torch.__version__, "python": platform.python_version(), "device": device,
-            "threads": str(torch.get_num_threads())}  # fmt: skip
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    commit = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return {
+        "ard": own, "commit": commit or "no repository", "torch": torch.__version__,
+        "python": platform.python_version(), "device": device, "threads": str(torch.get_num_threads()),
+    }  # fmt: skip
 
 
 def plain(config: Any) -> Any:
