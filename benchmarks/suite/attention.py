@@ -11,7 +11,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -44,13 +44,15 @@ class Shape:
     length: int
     heads: int
     dim: int
+    dtype: str = "bfloat16"
 
     @property
     def layout(self) -> BlockLayout:
         return BlockLayout.uniform(self.blocks, self.length)
 
     def __str__(self) -> str:
-        return f"B{self.batch} S{self.blocks} L{self.length} H{self.heads} Dh{self.dim}"
+        dtype = "" if self.dtype == "bfloat16" else f" {self.dtype}"
+        return f"B{self.batch} S{self.blocks} L{self.length} H{self.heads} Dh{self.dim}{dtype}"
 
 
 class Whole:
@@ -132,9 +134,8 @@ def our_candidate(name: str, layout: BlockLayout, mask: Mask) -> Candidate:
 
 def our_candidates(shape: Shape, mask: Mask, device: str) -> list[Candidate]:
     """The one that is chosen by default first."""
-    names = backends(
-        "attention", torch.empty(1, 1, shape.heads, shape.dim, device=device, dtype=torch.bfloat16)
-    )
+    dtype = getattr(torch, shape.dtype)
+    names = backends("attention", torch.empty(1, 1, shape.heads, shape.dim, device=device, dtype=dtype))
     return [our_candidate(name, shape.layout, mask) for name in names]
 
 
@@ -277,8 +278,9 @@ def make_inputs(shape: Shape, device: str, seed: int) -> Inputs:
     """q, k and v are slices of a packed qkv, as a model makes them."""
     generator = torch.Generator(device).manual_seed(seed)
     size = (shape.batch, shape.layout.total, 3, shape.heads, shape.dim)
-    q, k, v = torch.randn(size, generator=generator, device=device, dtype=torch.bfloat16).unbind(2)
-    dout = torch.randn(q.shape, generator=generator, device=device, dtype=torch.bfloat16)
+    dtype = getattr(torch, shape.dtype)
+    q, k, v = torch.randn(size, generator=generator, device=device, dtype=dtype).unbind(2)
+    dout = torch.randn(q.shape, generator=generator, device=device, dtype=dtype)
     return q, k, v, dout
 
 
@@ -391,6 +393,15 @@ def attention(rec: Recorder) -> None:
         ours = our_candidates(shape, mask, rec.device)
         compare(rec, shape, mask, [*ours, *dense_candidates(shape, mask, every_pad), *flex])
 
+    def in_tf32(shape: Shape, mask: Mask) -> None:
+        """Our backends against each other: the kernel is chosen where TF32 products are allowed."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            compare(rec, shape, mask, our_candidates(shape, mask, rec.device))
+        finally:
+            torch.set_float32_matmul_precision(before)
+
     def with_flex(shape: Shape, mask: Mask, **options: Any) -> None:
         flex = flex_candidate(shape, mask, rec.device, **options)
         compare(rec, shape, mask, [*our_candidates(shape, mask, rec.device)[:1], flex])
@@ -405,6 +416,7 @@ def attention(rec: Recorder) -> None:
     if not rec.quick:
         plan += [(with_flex, first, "causal", {"autotune": True}, 60)]
     plan += [(everything, shape, "diagonal", {}, 5) for shape in middle_first]
+    plan += [(in_tf32, replace(first, dtype="float32"), "causal", {}, 5)]
     if not rec.quick:
         plan += [(with_flex, shape, "causal", {"autotune": True}, 60) for shape in others]
         plan += [(everything, shape, "causal", {}, 5) for shape in shapes(False, 72, 1)]
