@@ -117,14 +117,20 @@ def _collect(config: OptionsConfig) -> list[dict[str, Any]]:
         raise SystemExit(
             f"table: {config.table} has no evaluation of {_ROW.key} at {missing}, accepted is one that has"
         )
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": "before", "options": {}, "curve": [{**before, "step": 0}]},
-        {"name": "the defaults", "options": {}, "curve": _points({step: defaults[step] for step in steps})},
+        {
+            "name": "the defaults",
+            "options": {},
+            "curve": _points({step: defaults[step] for step in steps}),
+            "log": read_log(_folder(table, _ROW.key, 0)),
+        },
     ]
     for name, options in OPTIONS.items():
         reports = _reports(_out(config, name))
         if config.iterations in reports:
-            rows.append({"name": name, "options": options, "curve": _points(reports)})
+            log = read_log(_out(config, name))
+            rows.append({"name": name, "options": options, "curve": _points(reports), "log": log})
     return rows
 
 
@@ -142,11 +148,12 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _picture(rows: list[dict[str, Any]], log: list[dict[str, Any]], path: Path) -> None:
+def _picture(rows: list[dict[str, Any]], path: Path) -> None:
     """Every run's Frechet distance, and what the log of the run with the defaults says."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     before, *others = rows
+    log = others[0]["log"]
     for i, row in enumerate(others):
         points = [*before["curve"], *row["curve"]]
         steps, distances = [p["step"] for p in points], [p["frechet"] for p in points]
@@ -181,11 +188,10 @@ def main() -> None:
             done.result()
             bar.update()
     rows = _collect(config)
-    log = read_log(_folder(TableConfig(config.table), _ROW.key, 0))
-    result = {"rows": rows, "log": log, "config": plain(config), "environment": environment()}
+    result = {"rows": rows, "config": plain(config), "environment": environment()}
     write_json(config.out / "gan_options.json", result)
     write_text(config.out / "gan_options.md", _markdown(rows))
-    _picture(rows, log, config.out / "gan_options.png")
+    _picture(rows, config.out / "gan_options.png")
     print(_markdown(rows))
 
 

@@ -74,7 +74,7 @@ def test_each_run_differs_from_the_tables_in_its_options_alone(
 
     result = json.loads((tmp_path / "out" / "gan_options.json").read_text())
     assert [row["name"] for row in result["rows"]] == ["before", "the defaults", *OPTIONS]
-    assert result["log"] == log
+    assert result["rows"][1]["log"] == log
     assert (tmp_path / "out" / "gan_options.png").stat().st_size > 10_000
     text = (tmp_path / "out" / "gan_options.md").read_text().splitlines()
     assert text[2] == "| before | 0 | 40.00 | 0.250 | 0.750 | 0.1000 | 0.2000 |"
