@@ -159,7 +159,7 @@ def _picture(rows: list[dict[str, Any]], path: Path) -> None:
         steps, distances = [p["step"] for p in points], [p["frechet"] for p in points]
         left.plot(steps, distances, color=f"C{i}", marker=".", label=row["name"])
     left.set(title="Frechet distance", xlabel="step", yscale="log")
-    left.legend(fontsize=7)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     steps = [line["step"] for line in log]
     for name, label in (("real", "of real images"), ("made", "of the student's")):
         middle.plot(steps, [line[name] for line in log], label=label)
