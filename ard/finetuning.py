@@ -256,6 +256,8 @@ def finetune(config: FinetuneConfig) -> None:
         print(f"student: {config.out / 'student'}")
 
 
+# Share of the image beside the noise. With 0.006 (t = 999 of the linear schedule) the gradient at the image
+# was a two-thousandth of that at t = 0.
 _LEAST_SIGNAL = 0.01
 
 
