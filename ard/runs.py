@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ard.checkpoints import read_json, read_tensors, remove, replacing, sha256, write_json, write_tensors
-from ard.machine import cpu_name, git
+from ard_kernels.machine import cpu_name, git
 
 
 def versions() -> dict[str, str]:

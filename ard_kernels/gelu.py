@@ -51,7 +51,9 @@ def _unusual(x: Tensor) -> str | None:
     """Why x is no tensor of numbers at an address, or None."""
     if x.layout is not torch.strided or x.is_nested:
         return f"x is {'nested' if x.is_nested else x.layout}, accepted are strided tensors"
-    return f"x is a {type(x).__name__}" if is_traceable_wrapper_subclass(x) else None
+    if is_traceable_wrapper_subclass(x):
+        return f"x is a {type(x).__name__}, accepted are plain tensors"
+    return None
 
 
 @torch.library.custom_op("ard_kernels::gelu", mutates_args=())

@@ -14,15 +14,16 @@ import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ard_kernels.layout import BlockLayout
+from ard_kernels.layout import BlockLayout, Mask
 
 _VARIABLE = "ARD_KERNELS_LAUNCHES"
 
@@ -126,54 +127,65 @@ def write(gpu: str, found: dict[str, Launch]) -> Path:
     return path
 
 
-_Call = Callable[[], tuple[torch.Tensor, ...]]
+# What relative error of a result in the L2 norm is wrong. Operands in bfloat16 give between 1e-3 and 1e-2.
+WRONG = 0.02
 
 
-def _calls(dim: int, layout: BlockLayout, batch: int, heads: int) -> dict[str, tuple[_Call, _Call]]:
-    """By kernel, the call that runs it, and what gives the same results by PyTorch's operators in float32."""
+def check_results(got: Sequence[Tensor], exact: Sequence[Tensor], names: Sequence[str]) -> None:
+    """ArithmeticError that names the first result that is wrong."""
+    for name, a, b in zip(names, got, exact, strict=True):
+        error = float((a.float() - b).norm() / b.norm())
+        if not error <= WRONG:
+            raise ArithmeticError(f"{name} is wrong: relative error {error:.1e}")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call that runs a kernel, and the same by PyTorch's operators in float32."""
+
+    run: Callable[[], tuple[Tensor, ...]]
+    exact: Callable[[], tuple[Tensor, ...]]
+    results: tuple[str, ...]
+
+    def time(self, measure: Callable[[Callable[[], object]], float]) -> float:
+        """An assembler's fault in one of many launches would make wrong results: that is an error."""
+        check_results(self.run(), self.exact(), self.results)
+        return measure(self.run)
+
+
+def _calls(dim: int, layout: BlockLayout, batch: int, heads: int, device: str = "cuda") -> dict[str, _Call]:
+    """By kernel."""
     from ard_kernels.backends import attention_eager, attention_triton
 
-    packed = torch.randn(batch, layout.total, 4, heads, dim, device="cuda", dtype=torch.bfloat16)
+    packed = torch.randn(batch, layout.total, 4, heads, dim, device=device, dtype=torch.bfloat16)
     q, k, v, dout = packed.unbind(2)
-    options = layout, "causal", dim**-0.5, -1
-    out, lse = attention_triton.attention_forward(q, k, v, *options)  # type: ignore[arg-type]
+    mask: Mask = "causal"
+    scale = dim**-0.5
+    out, lse = attention_triton.attention_forward(q, k, v, layout, mask, scale, -1)
 
-    def forward() -> tuple[torch.Tensor, ...]:
-        return attention_triton.attention_forward(q, k, v, *options)[:1]  # type: ignore[arg-type]
+    @cache  # the same for all launches, and for dq and dkv
+    def exact() -> tuple[Tensor, ...]:
+        qf, kf, vf, df = packed.float().unbind(2)
+        made, kept = attention_eager.attention_forward(qf, kf, vf, layout, mask, scale, -1)
+        return made, *attention_eager.attention_backward(
+            df, qf, kf, vf, made, kept, layout, mask, scale, -1
+        )  # fmt: skip
 
-    def backward() -> tuple[torch.Tensor, ...]:
-        return attention_triton.attention_backward(dout, q, k, v, out, lse, *options)  # type: ignore[arg-type]
+    def forward() -> tuple[Tensor, ...]:
+        return attention_triton.attention_forward(q, k, v, layout, mask, scale, -1)[:1]
 
-    def exact(differentiated: bool) -> tuple[torch.Tensor, ...]:
-        wide = q.float(), k.float(), v.float()
-        made, kept = attention_eager.attention_forward(*wide, *options)  # type: ignore[arg-type]
-        if not differentiated:
-            return (made,)
-        return attention_eager.attention_backward(dout.float(), *wide, made, kept, *options)  # type: ignore[arg-type]
+    def backward() -> tuple[Tensor, ...]:
+        return attention_triton.attention_backward(dout, q, k, v, out, lse, layout, mask, scale, -1)
 
-    return {"forward": (forward, partial(exact, False)), "dq": (backward, partial(exact, True)),
-            "dkv": (backward, partial(exact, True))}  # fmt: skip
-
-
-# Relative error above which a launch is wrong: bfloat16 products and results are within a hundredth.
-_WRONG = 0.02
-
-
-def checked(call: _Call, exact: tuple[torch.Tensor, ...], time: Callable[[_Call], float]) -> float:
-    """`time` of a call whose results are right; ArithmeticError where they are not, as an assembler's fault
-    in one of many launches would make them."""
-    for got, wanted in zip(call(), exact, strict=True):
-        error = float((got.float() - wanted).norm() / wanted.norm())
-        if not error <= _WRONG:
-            raise ArithmeticError(f"wrong results, relative error {error:.1e}")
-    return time(call)
+    gradients = _Call(backward, lambda: exact()[1:], ("dq", "dk", "dv"))
+    return {"forward": _Call(forward, lambda: exact()[:1], ("out",)), "dq": gradients, "dkv": gradients}
 
 
 def _compile(name: str, kernel: str, at: Launch, dim: int, length: int, heads: int) -> None:
     """Runs a kernel once with a launch, in a process of its own: its code stays in Triton's cache."""
     _trial[name] = at
     with contextlib.suppress(Exception):  # the measurement meets it again, and says so
-        _calls(dim, BlockLayout.uniform(4, length), 2, heads)[kernel][0]()
+        _calls(dim, BlockLayout.uniform(4, length), 2, heads)[kernel].run()
     _trial.clear()
 
 
@@ -195,9 +207,9 @@ def tune(dims: list[int], length: int, batch: int, heads: int = 16) -> dict[str,
             print(f"compiled {done} of {len(jobs)}", end="\n" if done == len(jobs) else "\r", flush=True)
     found = {}
     for dim in dims:
-        for kernel, (call, exact) in _calls(dim, layout, batch, heads).items():
+        for kernel, call in _calls(dim, layout, batch, heads).items():
             name = key(kernel, dim, whole)
-            best = fastest(name, partial(checked, call, exact(), do_bench), partial(print, flush=True))
+            best = fastest(name, partial(call.time, do_bench), partial(print, flush=True))
             if best is not None:
                 found[name] = _trial[name] = best[0]  # dkv is measured beside the best dq
                 print(f"{name}: best {best[0]}, {best[1]:.3f} ms; in {write(gpu, found)}", flush=True)

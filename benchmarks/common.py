@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ard.machine import ROOT, cpu_name, git
+from ard_kernels.machine import ROOT, cpu_name, git
 
 RESULTS = ROOT / "benchmarks" / "results"
 

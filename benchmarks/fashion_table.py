@@ -15,9 +15,10 @@ import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +172,27 @@ def _runs(config: TableConfig) -> Iterator[tuple[Row, int]]:
                 yield row, seed
 
 
-def _folder(config: TableConfig, key: str, seed: int) -> Path:
+def run_folder(config: TableConfig, key: str, seed: int) -> Path:
     return config.out / key / f"seed-{seed}"
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    """The student's metrics at every checkpoint that has been evaluated."""
+    points = []
+    for path in sorted(run.glob("evaluations/step-*/evaluation.json")):
+        report = read_json(path)
+        step = int(path.parent.name.removeprefix("step-"))
+        points.append({"step": step, **report["student"], "errors": report["errors"]})
+    return points
+
+
+def gan_config(config: TableConfig, start: str, seed: int, out: Path) -> FinetuneConfig:
+    """The GAN stage from the students of the row `start`."""
+    return FinetuneConfig(
+        ASSETS / "teacher", run_folder(config, start, seed), "fashion-mnist", out,
+        config.out / "trajectories", gan_warmup=config.gan_warmup, gan_ramp=config.gan_ramp,
+        gan_weight=config.gan_weight, optimisation=_optimisation(config, seed, gan=True),
+    )  # fmt: skip
 
 
 def _optimisation(config: TableConfig, seed: int, gan: bool) -> Optimisation:
@@ -189,24 +209,16 @@ def _optimisation(config: TableConfig, seed: int, gan: bool) -> Optimisation:
 def _train(config: TableConfig, row: Row, seed: int) -> None:
     """One student, evaluated at every checkpoint."""
     torch.set_num_threads(1)
-    out = _folder(config, row.key, seed)
-    teacher, trajectories = ASSETS / "teacher", config.out / "trajectories"
-    o = _optimisation(config, seed, row.gan)
+    out = run_folder(config, row.key, seed)
     if not (out / "student").exists():
         if row.gan:
-            start = _folder(config, row.start, seed)
-            finetune(
-                FinetuneConfig(
-                    teacher, start, "fashion-mnist", out, trajectories, gan_warmup=config.gan_warmup,
-                    gan_ramp=config.gan_ramp, gan_weight=config.gan_weight, optimisation=o,
-                )
-            )  # fmt: skip
+            finetune(gan_config(config, row.start, seed, out))
         else:
             distill(
                 DistillConfig(
-                    teacher, out, trajectories, steps=row.steps, history_layers=row.history_layers,
-                    mask=row.mask, rollout=row.rollout,
-                    optimisation=o,
+                    ASSETS / "teacher", out, config.out / "trajectories", steps=row.steps,
+                    history_layers=row.history_layers, mask=row.mask, rollout=row.rollout,
+                    optimisation=_optimisation(config, seed, gan=False),
                 )
             )  # fmt: skip
     evaluate_checkpoints(out, config.out / "held-out")
@@ -280,16 +292,10 @@ def _collect(config: TableConfig) -> dict[str, Any]:
     for row in ROWS:
         curves = dict(known[row.key]["curves"]) if row.key in known else {}
         for seed in _seeds(config, row):
-            folder = _folder(config, row.key, seed)
-            points = [
-                {"step": int(path.parent.name.removeprefix("step-")), **read_json(path)}
-                for path in sorted(folder.glob("evaluations/step-*/evaluation.json"))
-            ]
+            points = curve(run_folder(config, row.key, seed))
             end = config.gan_iterations if row.gan else config.iterations
             if points and points[-1]["step"] == end:  # else its evaluations are still being made
-                curves[str(seed)] = [
-                    {"step": p["step"], **p["student"], "errors": p["errors"]} for p in points
-                ]
+                curves[str(seed)] = points
         if curves:
             students[row.key] = ARDTransformer.from_teacher(teacher, row.steps, row.history_layers, row.mask)
             curves = dict(sorted(curves.items()))
@@ -378,20 +384,27 @@ def main() -> None:
     print(_markdown(result))
 
 
-def _make(config: TableConfig) -> None:
+def side_by_side(stages: list[list[Callable[[], None]]], jobs: int, desc: str) -> None:
+    """Calls in processes of one thread each; a stage begins when the one before has ended."""
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
+    context = multiprocessing.get_context("spawn")
+    total = sum(map(len, stages))
+    with ProcessPoolExecutor(jobs, context) as pool, tqdm(total=total, desc=desc) as bar:
+        for stage in stages:
+            for done in as_completed([pool.submit(call) for call in stage]):
+                done.result()
+                bar.update()
+
+
+def _make(config: TableConfig) -> None:
     known, runs = _known(config), [*_runs(config)]
     if runs:
         _record(config, "trajectories")
     if runs or "held-out" not in known:
         _record(config, "held-out")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.jobs, context) as pool, tqdm(total=len(runs), desc="table") as bar:
-        for gan in (False, True):
-            waiting = [pool.submit(_train, config, row, seed) for row, seed in runs if row.gan == gan]
-            for done in as_completed(waiting):
-                done.result()
-                bar.update()
+    stages = [[partial(_train, config, row, seed) for row, seed in runs if row.gan == gan]
+              for gan in (False, True)]  # fmt: skip
+    side_by_side([*stages], config.jobs, "table")
     if "held-out-250" not in known:
         _record(config, "held-out-250")
 

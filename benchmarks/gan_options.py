@@ -9,26 +9,23 @@ What is there already is not made again. Writes gan_options.json, .md and .png.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import re
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
-from ard.assets import ASSETS
-from ard.checkpoints import read_json, write_json, write_text
+from ard.checkpoints import write_json, write_text
 from ard.evaluation import evaluate_checkpoints
-from ard.finetuning import FinetuneConfig, finetune
+from ard.finetuning import finetune
 from ard.runs import plain, read_log
 from benchmarks.common import environment
-from benchmarks.fashion_table import ROWS, TableConfig, _folder, _optimisation
+from benchmarks.fashion_table import ROWS, TableConfig, curve, gan_config, run_folder, side_by_side
 
 (_ROW,) = (row for row in ROWS if row.key == "s4-n2-causal-gan")
 
@@ -75,63 +72,43 @@ def _out(config: OptionsConfig, name: str) -> Path:
 def _finetune(config: OptionsConfig, name: str) -> None:
     """One run, evaluated at every checkpoint."""
     torch.set_num_threads(1)
-    table = TableConfig(config.table)
-    out = _out(config, name)
+    table, out = TableConfig(config.table), _out(config, name)
     every = config.iterations // config.points
     if not (out / "student").exists():
-        options = {"gan_weight": table.gan_weight, **OPTIONS[name]}
+        own = gan_config(table, _ROW.start, 0, out)
         o = replace(
-            _optimisation(table, 0, gan=True), iterations=config.iterations, checkpoint_every=every,
+            own.optimisation, iterations=config.iterations, checkpoint_every=every,
             keep_checkpoints=config.points, sample_every=every,
         )  # fmt: skip
-        finetune(
-            FinetuneConfig(
-                ASSETS / "teacher", _folder(table, _ROW.start, 0), "fashion-mnist", out,
-                config.table / "trajectories", gan_warmup=table.gan_warmup, gan_ramp=table.gan_ramp,
-                optimisation=o, **options,
-            )
-        )  # fmt: skip
+        finetune(replace(own, optimisation=o, **OPTIONS[name]))
     evaluate_checkpoints(out, config.table / "held-out")
 
 
-def _points(reports: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {"step": step, **report["student"], "errors": report["errors"]}
-        for step, report in sorted(reports.items())
-    ]
-
-
-def _reports(run: Path) -> dict[int, dict[str, Any]]:
-    found = sorted(run.glob("evaluations/step-*/evaluation.json"))
-    return {int(path.parent.name.removeprefix("step-")): read_json(path) for path in found}
-
-
-def _collect(config: OptionsConfig) -> list[dict[str, Any]]:
-    """The student before the stage, the table's run with the defaults, and what is finished of the others."""
+def _known(config: OptionsConfig) -> list[dict[str, Any]]:
+    """The student before the stage, and the table's run with the defaults."""
     table = TableConfig(config.table)
     every = config.iterations // config.points
-    steps = range(every, config.iterations + 1, every)
-    before = _points(_reports(_folder(table, _ROW.start, 0)))[-1]
-    defaults = _reports(_folder(table, _ROW.key, 0))
-    if missing := sorted({*steps} - {*defaults}):
+    steps = [*range(every, config.iterations + 1, every)]
+    start, run = (run_folder(table, key, 0) for key in (_ROW.start, _ROW.key))
+    points = [point for point in curve(run) if point["step"] in steps]
+    if missing := sorted({*steps} - {point["step"] for point in points}):
         raise SystemExit(
             f"table: {config.table} has no evaluation of {_ROW.key} at {missing}, accepted is one that has"
         )
-    rows: list[dict[str, Any]] = [
-        {"name": "before", "options": {}, "curve": [{**before, "step": 0}]},
-        {
-            "name": "the defaults",
-            "options": {},
-            "curve": _points({step: defaults[step] for step in steps}),
-            "log": read_log(_folder(table, _ROW.key, 0)),
-        },
+    return [
+        {"name": "before", "options": {}, "curve": [{**curve(start)[-1], "step": 0}]},
+        {"name": "the defaults", "options": {}, "curve": points, "log": read_log(run)},
     ]
+
+
+def _found(config: OptionsConfig) -> Iterator[dict[str, Any]]:
+    """What is finished."""
     for name, options in OPTIONS.items():
-        reports = _reports(_out(config, name))
-        if config.iterations in reports:
-            log = read_log(_out(config, name))
-            rows.append({"name": name, "options": options, "curve": _points(reports), "log": log})
-    return rows
+        points = curve(_out(config, name))
+        if points and points[-1]["step"] == config.iterations:
+            yield {
+                "name": name, "options": options, "curve": points, "log": read_log(_out(config, name))
+            }  # fmt: skip
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
@@ -178,16 +155,10 @@ def main() -> None:
         raise SystemExit(
             f"points is {config.points}, accepted are divisors of iterations, {config.iterations}"
         )
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
+    known = _known(config)
     names = config.only or tuple(OPTIONS)
-    with (
-        ProcessPoolExecutor(config.jobs, multiprocessing.get_context("spawn")) as pool,
-        tqdm(total=len(names), desc="options") as bar,
-    ):
-        for done in as_completed([pool.submit(_finetune, config, name) for name in names]):
-            done.result()
-            bar.update()
-    rows = _collect(config)
+    side_by_side([[partial(_finetune, config, name) for name in names]], config.jobs, "options")
+    rows = [*known, *_found(config)]
     result = {"rows": rows, "config": plain(config), "environment": environment()}
     write_json(config.out / "gan_options.json", result)
     write_text(config.out / "gan_options.md", _markdown(rows))

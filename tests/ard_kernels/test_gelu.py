@@ -146,6 +146,8 @@ def test_unusual_tensors_are_pytorchs() -> None:
     with use_backend("native"), pytest.raises(ValueError, match="x is nested, accepted are strided tensors"):
         gelu(x)
     two = TwoTensor(normal(3), normal(3, seed=1))
+    with use_backend("native"), pytest.raises(ValueError, match="x is a TwoTensor, accepted are plain"):
+        gelu(two)
     torch.testing.assert_close(gelu(two).b, torch.nn.functional.gelu(two.b, approximate="tanh"))
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from ard_kernels import tune
+from ard_kernels import BlockLayout, tune
 from ard_kernels.__main__ import main
-from ard_kernels.tune import Launch, candidates, checked, fastest, key, tuned, write
+from ard_kernels.tune import Launch, candidates, fastest, key, tuned, write
 
 
 @pytest.fixture
@@ -48,15 +49,30 @@ def test_a_launch_with_wrong_results_is_passed_over(path: Path) -> None:
     at = list(candidates())
     exact = (torch.ones(3), torch.full((3,), 2.0))
 
-    def call() -> tuple[torch.Tensor, ...]:
+    def run() -> tuple[torch.Tensor, ...]:
         error = {at[0]: 0.01, at[1]: 0.03, at[2]: float("nan")}.get(tuned("GPU", "dq 72") or at[3], 1.0)
         return exact[0], exact[1] * (1 + error)
 
     said: list[str] = []
-    best = fastest("dq 72", lambda: checked(call, exact, lambda _: 5.0), said.append)
+    call = tune._Call(run, lambda: exact, ("dk", "dv"))
+    best = fastest("dq 72", lambda: call.time(lambda _: 5.0), said.append)
     assert best == (at[0], 5.0)
-    assert said[1].endswith("ArithmeticError: wrong results, relative error 3.0e-02")
-    assert said[2].endswith("wrong results, relative error nan")
+    assert said[1].endswith("ArithmeticError: dv is wrong: relative error 3.0e-02")
+    assert said[2].endswith("dv is wrong: relative error nan")
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or torch.cuda.is_available(),
+    reason="Triton exists for Linux alone, and is not interpreted where there is a GPU: see -m gpu",
+)
+def test_every_kernel_that_is_tuned_is_held_to_the_same_in_float32() -> None:
+    calls = tune._calls(16, BlockLayout.uniform(2, 16), 1, 1, "cpu")
+    assert set(calls) == {"forward", "dq", "dkv"}
+    for call in calls.values():
+        assert call.time(lambda run: float(len(run()))) == len(call.results)
+        wrong = tune._Call(call.run, lambda call=call: tuple(2 * x for x in call.exact()), call.results)
+        with pytest.raises(ArithmeticError, match=f"{call.results[0]} is wrong: relative error 5.0e-01"):
+            wrong.time(lambda run: 0.0)
 
 
 @pytest.mark.gpu

@@ -34,7 +34,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[Path, Finetune
 
     monkeypatch.setattr(gan_options, "finetune", finetune)
     monkeypatch.setattr(gan_options, "evaluate_checkpoints", lambda run, _: _evaluated(run, (1, 2), 7))
-    monkeypatch.setattr(gan_options, "ProcessPoolExecutor", lambda jobs, _: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(fashion_table, "ProcessPoolExecutor", lambda jobs, _: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(gan_options.torch, "set_num_threads", lambda _: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # and as it was afterwards
     _evaluated(tmp_path / "table" / "s4-n2-causal" / "seed-0", (10, 20), 20)
@@ -83,7 +83,6 @@ def test_each_run_differs_from_the_tables_in_its_options_alone(
     assert len(text) == 2 + 1 + 2 + 2 * len(OPTIONS)
 
 
-@pytest.mark.usefixtures("runs")
 @pytest.mark.parametrize(
     ("more", "message"),
     [(("--only", "weight 5"), r"only: \['weight 5'\] are unknown, accepted are weight 3, "),
@@ -91,10 +90,15 @@ def test_each_run_differs_from_the_tables_in_its_options_alone(
      ((), r"table: .*table has no evaluation of s4-n2-causal-gan at \[1, 2\]")],
 )  # fmt: skip
 def test_what_cannot_be_compared_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], message: str
+    tmp_path: Path,
+    runs: dict[Path, FinetuneConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    more: tuple[str, ...],
+    message: str,
 ) -> None:
     with pytest.raises(SystemExit, match=message):
         _run(tmp_path, monkeypatch, *more)
+    assert not runs, "before hours of training"
 
 
 def test_names_are_folders_of_their_own() -> None:

@@ -170,6 +170,15 @@ def test_a_section_in_a_process_of_its_own_reports(tmp_path: Path) -> None:
     assert not found["errors"]
 
 
+def test_cudnn_gets_every_padding_where_that_is_asked_for() -> None:
+    shape = attention.Shape(1, 2, 16, 1, 72)
+    for every in (False, True):
+        names = [c.name for c in attention.dense_candidates(shape, "causal", every)]
+        for kind, pads in (("flash", (80, 96, 128)), ("cudnn", (80, 96, 128) if every else (128,))):
+            wanted = [f"sdpa {kind}", *(f"sdpa {kind}, padded to {pad}" for pad in pads)]
+            assert [name for name in names if name.startswith(f"sdpa {kind}")] == wanted
+
+
 @pytest.mark.parametrize("mask", ["causal", "diagonal"])
 def test_dense_calls_put_together_are_block_attention(mask: Any) -> None:
     """The peers that are decomposed by hand compute what they are compared for, gradients included."""

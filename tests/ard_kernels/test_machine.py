@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ard import machine
 from ard.runs import versions
+from ard_kernels import machine
 
 
 def test_a_result_names_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
