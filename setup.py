@@ -36,12 +36,22 @@ class _CMake(build_ext):
             if choice == "off":
                 raise RuntimeError("switched off by ARD_KERNELS_NATIVE when the package was installed")
             self._build(target, cuda)
+            self.made = target
         except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
             if "on" in (choice, cuda):
                 raise
             reason = _one_line(error)
             absent.write_text(reason + "\n")
+            self.made = absent
             print(f"ard_kernels: no compiled kernels: {reason}", file=sys.stderr)
+
+    def copy_extensions_to_source(self) -> None:
+        """Of an editable installation: the kernels or why there are none, in place of what was there."""
+        for ext in self.extensions:
+            here = Path(self.get_ext_fullpath(ext.name))
+            for old in (here, here.with_name("_C.absent")):
+                old.unlink(missing_ok=True)
+            self.copy_file(str(self.made), str(here.with_name(self.made.name)))
 
     def _build(self, target: Path, cuda: str) -> None:
         import pybind11

@@ -56,14 +56,19 @@ def _python(folder: Path) -> Path:
 
 
 def _install(
-    python: Path, what: Path, environment: Mapping[str, str] | None = None
+    python: Path, *what: str | Path, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Without what the package needs: PyTorch is that of the tests, except where a test has another."""
-    return _run(python, "-m", "pip", "install", "--no-deps", what, environment=environment)
+    return _run(python, "-m", "pip", "install", "--no-deps", *what, environment=environment)
+
+
+def _beside_ours(python: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """With the packages of the tests' environment after its own: an installation of ours may be there too."""
+    return _run(python, "-c", f"import sys\nsys.path.append({sysconfig.get_path('purelib')!r})\n{code}")
 
 
 def _report(python: Path) -> str:
-    done = _run(python, "-m", "ard_kernels", environment={"PYTHONPATH": sysconfig.get_path("purelib")})
+    done = _beside_ours(python, "import runpy\nrunpy.run_module('ard_kernels', run_name='__main__')")
     assert done.returncode == 0, done.stderr
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("native"))
     return line
@@ -96,41 +101,52 @@ if _NVCC:
 def test_with_a_compiler(checkout: Path, tmp_path: Path, case: str) -> None:
     environment, reported = _CUDA_CASES[case]
     python = _python(tmp_path / "venv")
-    done = _install(python, checkout, environment)
+    done = _install(python, checkout, environment=environment)
     assert done.returncode == 0, done.stderr
     report = _report(python)
     assert "available" in report
     assert reported in report
-    used = _run(python, "-c", _USE, environment={"PYTHONPATH": sysconfig.get_path("purelib")})
+    used = _beside_ours(python, _USE)
     assert used.returncode == 0, used.stderr
 
 
 def test_where_cuda_is_demanded_and_nvcc_does_not_work(checkout: Path, tmp_path: Path) -> None:
     python = _python(tmp_path / "venv")
-    done = _install(python, checkout, {"ARD_KERNELS_CUDA": "on", "CUDACXX": "/absent/nvcc"})
+    done = _install(python, checkout, environment={"ARD_KERNELS_CUDA": "on", "CUDACXX": "/absent/nvcc"})
     assert done.returncode != 0
     assert "nvcc (/absent/nvcc) is not there or does not work" in done.stderr + done.stdout
 
 
-def test_without_a_compiler(checkout: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [(), ("-e",)], ids=["copied", "editable"])
+def test_without_a_compiler(checkout: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     python = _python(tmp_path / "venv")
-    done = _install(python, checkout, _NO_COMPILER)
+    done = _install(python, *options, checkout, environment=_NO_COMPILER)
     assert done.returncode == 0, done.stderr
     report = _report(python)
     assert "absent" in report
     assert _NO_COMPILER["CXX"] in report
 
 
+def test_an_editable_installation_is_what_the_last_one_made(checkout: Path, tmp_path: Path) -> None:
+    python = _python(tmp_path / "venv")
+    for environment, state in ((_NO_COMPILER, "absent"), ({"ARD_KERNELS_CUDA": "off"}, "available"),
+                               (_NO_COMPILER, "absent")):  # fmt: skip
+        done = _install(python, "-e", checkout, environment=environment)
+        assert done.returncode == 0, done.stderr
+        assert state in _report(python)
+    assert not [*checkout.glob("ard_kernels/_C.cpython*")]
+
+
 def test_without_a_compiler_where_the_kernels_are_demanded(checkout: Path, tmp_path: Path) -> None:
     python = _python(tmp_path / "venv")
-    done = _install(python, checkout, {**_NO_COMPILER, "ARD_KERNELS_NATIVE": "on"})
+    done = _install(python, checkout, environment={**_NO_COMPILER, "ARD_KERNELS_NATIVE": "on"})
     assert done.returncode != 0
     assert _NO_COMPILER["CXX"] in done.stderr + done.stdout
 
 
 def test_switched_off(checkout: Path, tmp_path: Path) -> None:
     python = _python(tmp_path / "venv")
-    done = _install(python, checkout, {"ARD_KERNELS_NATIVE": "off"})
+    done = _install(python, checkout, environment={"ARD_KERNELS_NATIVE": "off"})
     assert done.returncode == 0, done.stderr
     report = _report(python)
     assert "absent" in report
