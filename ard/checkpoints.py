@@ -70,6 +70,20 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not JSON ({error})") from None
 
 
+def _a(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+@contextlib.contextmanager
+def describing(source: object, what: str) -> Iterator[None]:
+    """What a stranger's description can do to the code that reads it, as one clear error."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{source}: does not describe {_a(what)} ({reason})") from None
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Tensors as safetensors; what two names share is stored twice."""
     with replacing(path) as temporary:
@@ -263,8 +277,9 @@ def save_student(
 
 
 @contextlib.contextmanager
-def _described(folder: Path, accepted: Container[str | None], wanted: str) -> Iterator[dict[str, Any]]:
-    """The description in a folder; one that does not describe a model is an error in the block, too."""
+def described(folder: Path, accepted: Container[str], wanted: str) -> Iterator[dict[str, Any]]:
+    """The description in a folder, of a class that is accepted; one that does not describe a model is an
+    error in the block, too."""
     if not (folder / CONFIG).is_file():
         within = [name for name in ("student", "teacher") if (folder / name / CONFIG).is_file()]
         raise FileNotFoundError(
@@ -273,18 +288,17 @@ def _described(folder: Path, accepted: Container[str | None], wanted: str) -> It
         )
     description = read_json(folder / CONFIG)
     found = description.get("class") if isinstance(description, dict) else None
-    if found not in accepted:
-        raise ValueError(f"{folder / CONFIG}: holds a {found}, wanted is a {wanted}")
-    try:
+    if not isinstance(found, str) or found not in accepted:
+        holds = _a(found) if isinstance(found, str) and found else "no model"
+        raise ValueError(f"{folder / CONFIG}: holds {holds}, wanted is {_a(wanted)}")
+    with describing(folder / CONFIG, found):
         yield description
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / CONFIG}: does not describe a {found} ({error})") from None
 
 
 def load_teacher(folder: Path) -> tuple[DiT, Diffusion]:
     """The DiT of a folder, in evaluation mode and without gradients, and its noise schedule."""
     known = "DiT, or a subclass whose module has been imported"
-    with _described(folder, DiT.classes, known) as description:
+    with described(folder, DiT.classes, known) as description:
         model = DiT.classes[description["class"]](**description["config"])
         diffusion = Diffusion(**description["diffusion"])
     load_weights(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
@@ -294,8 +308,8 @@ def load_teacher(folder: Path) -> tuple[DiT, Diffusion]:
 
 def load_student(folder: Path) -> tuple[ARDTransformer, dict[str, Any]]:
     """The student of a folder, in evaluation mode and without gradients, and what it was trained on."""
-    with _described(folder, ["ARDTransformer"], "ARDTransformer") as description:
-        model, trajectories = ARDTransformer(**description["config"]), description["trajectories"]
+    with described(folder, ["ARDTransformer"], "ARDTransformer") as description:
+        model, trajectories = ARDTransformer(**description["config"]), {**description["trajectories"]}
     load_weights(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
     model.trajectories = trajectories
     return model.eval().requires_grad_(False), trajectories

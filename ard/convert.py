@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 from ard.checkpoints import (
     CONFIG,
     WEIGHTS,
+    describing,
     load_student,
     load_teacher,
     load_weights,
@@ -26,7 +28,6 @@ from ard.checkpoints import (
 )
 from ard.diffusion import Diffusion, Prediction, Schedule
 from ard.layouts import (
-    describing,
     from_diffusers,
     from_released,
     released_checkpoint,
@@ -51,7 +52,7 @@ class ConvertConfig:
     weights: Path
     """File of weights, or folder. It is never executed: a pickle that holds anything but data is refused."""
     out: Path
-    """Folder to write; with --to released, the file."""
+    """Folder to write; with --to released, the .pt file."""
     to: Literal["ard", "diffusers", "released"] = "ard"
     """What to write. diffusers: a teacher as DiTTransformer2DModel, a student as ARDPipeline. released: a .pt
     file for the code of the public DiT (a teacher) or of the authors' ARD (a student)."""
@@ -76,18 +77,31 @@ class ConvertConfig:
     history_layers: int | None = None
     """N of a released student; default: what its training arguments say if they are in the file, else 6."""
     time_frequencies: TimeFrequencies | None = None
-    """Time embedding of a diffusers folder; default: diffusers' own, which the output then agrees with. The
-    weights of the public DiT were trained with other frequencies: if a folder holds those, say "dit"."""
+    """Time embedding of a diffusers folder; default: what a folder of --to diffusers records, else diffusers'
+    own, which the output then agrees with. The weights of the public DiT were trained with other frequencies:
+    if a folder holds those, say "dit"."""
 
 
+# Options that say what the weights are.
+_ARCHITECTURE = ("preset", "input_size", "num_classes")
+_PROCESS = ("noise_schedule", "prediction", "time_scale")
+_OPTIONS = (*_ARCHITECTURE, *_PROCESS, "layout", "teacher", "history_layers", "time_frequencies")
 # What the folders hold that this command writes.
 _WRITTEN = {CONFIG, WEIGHTS, _DIFFUSERS_WEIGHTS[0], "model_index.json", "student"}
 
 
-def _check_out(out: Path, weights: Path) -> None:
-    """What is in the way is replaced, so it must be something that this command has written."""
+def _check_out(config: ConvertConfig) -> None:
+    """Nothing is replaced but a folder of what this command has written."""
+    out, weights = config.out, config.weights
     if out.resolve() in (weights.resolve(), *weights.resolve().parents):
         raise ValueError(f"convert: out is {out}, where the weights are; accepted is another place")
+    if config.to == "released" and out.suffix != ".pt":  # by which `convert` reads it
+        raise ValueError(f"convert: out is {out}, accepted with --to released is the name of a .pt file")
+    there = [path for path in (out, *out.parents) if path.exists() and not path.is_dir()]
+    if config.to == "released" and out.exists():
+        there = [out]
+    if there:
+        raise ValueError(f"convert: out is {out}, but {there[0]} is in the way; remove it, or name another")
     if out.is_dir() and (others := sorted({path.name for path in out.iterdir()} - _WRITTEN)):
         raise ValueError(
             f"convert: out is {out}, which holds {', '.join(others[:4])}; accepted is a folder that is not "
@@ -95,8 +109,16 @@ def _check_out(out: Path, weights: Path) -> None:
         )
 
 
+def _check_unused(config: ConvertConfig, names: Iterable[str], why: str) -> None:
+    """An error if one of these options, which have no effect here, is given."""
+    defaults = {f.name: f.default for f in fields(ConvertConfig)}
+    given = {name: getattr(config, name) for name in names}
+    if ignored := [f"{name} is {value}" for name, value in given.items() if value != defaults[name]]:
+        raise ValueError(f"convert: {', '.join(ignored)}, but {why}; leave that out")
+
+
 def convert(config: ConvertConfig) -> None:
-    _check_out(config.out, config.weights)
+    _check_out(config)
     model = _read_folder(config) if config.weights.is_dir() else _read_file(config)
     if config.to == "released":
         write_checkpoint(config.out, released_checkpoint(model))
@@ -121,13 +143,18 @@ def _read_folder(config: ConvertConfig) -> DiT | ARDTransformer:
                                 "transformer folder of a diffusers pipeline")  # fmt: skip
     description = read_json(folder / CONFIG)
     if not isinstance(description, dict) or "_class_name" not in description:
+        _check_unused(config, _OPTIONS, f"{folder} describes itself")
         student = isinstance(description, dict) and description.get("class") == "ARDTransformer"
         return load_student(folder)[0] if student else load_teacher(folder)[0]
     path = next((folder / name for name in _DIFFUSERS_WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder}: no {' or '.join(_DIFFUSERS_WEIGHTS)} there")
+    unused = (*_ARCHITECTURE, "layout", "teacher", "history_layers")
+    _check_unused(config, unused, f"{folder} is a folder of diffusers, which describes its architecture")
     with describing(path, "teacher"):
         ours = json.loads(read_metadata(path).get("ard", "{}"))
+        if "diffusion" in ours:
+            _check_unused(config, _PROCESS, f"{path} records what it was trained with")
         diffusion = Diffusion(**ours["diffusion"]) if "diffusion" in ours else _diffusion(config)
         frequencies = config.time_frequencies or ours.get("time_frequencies", "diffusers")
     teacher = from_diffusers(description, read_checkpoint(path)[0], frequencies, path)
@@ -138,11 +165,14 @@ def _read_folder(config: ConvertConfig) -> DiT | ARDTransformer:
 def _read_file(config: ConvertConfig) -> DiT | ARDTransformer:
     tensors, arguments = read_checkpoint(config.weights)
     if "ard" in arguments:  # a student written with --to released
+        _check_unused(config, _OPTIONS, f"{config.weights} holds a student and describes it")
         with describing(config.weights, "student"):
             ours = json.loads(arguments["ard"])
-            student, trajectories = ours["config"], ours["trajectories"]
+            student, trajectories = ours["config"], {**ours["trajectories"]}
         return from_released(tensors, student, trajectories, config.weights)
+    _check_unused(config, ["time_frequencies"], f"{config.weights} is not a folder of diffusers")
     if config.teacher is not None:
+        _check_unused(config, (*_ARCHITECTURE, *_PROCESS), f"teacher is {config.teacher}, which says that")
         teacher, diffusion = load_teacher(config.teacher)
         architecture, identity = teacher.config, sha256(config.teacher / WEIGHTS)
     elif config.preset in PRESETS:
@@ -153,6 +183,7 @@ def _read_file(config: ConvertConfig) -> DiT | ARDTransformer:
         raise ValueError(f"convert: preset is {config.preset!r}, accepted are {', '.join(PRESETS)}")
     steps = released_steps(tensors)
     if config.layout == "dit" or (config.layout == "auto" and steps < 2):
+        _check_unused(config, ["history_layers"], f"{config.weights} holds a teacher")
         teacher = DiT(**architecture)
         load_weights(teacher, tensors, config.weights)
         teacher.diffusion = diffusion

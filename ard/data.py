@@ -353,6 +353,12 @@ def check_counts(where: str, **counts: int) -> None:
             raise ValueError(f"{where}: {name} is {value}, accepted is an integer >= 1")
 
 
+def check_folder(where: str, out: Path) -> None:
+    """An error in the name of `where` about a file in the way of the folder `out`."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{where}: out is {out}, a file; accepted is a folder, there or not")
+
+
 def check_seed(seed: int, where: str) -> None:
     """An error in the name of `where` about what the generators below cannot take."""
     if not 0 <= seed < 2**63:

@@ -33,7 +33,7 @@ from ard.checkpoints import (
 from ard.costs import dit_macs, student_macs
 from ard.data import CLASSES, check_counts, check_seed
 from ard.diffusion import guided
-from ard.evaluation import EvaluateConfig, evaluate, evaluate_checkpoints
+from ard.evaluation import FEWEST, EvaluateConfig, evaluate, evaluate_checkpoints
 from ard.pictures import image_grid
 from ard.runs import Run, read_log, versions
 from ard.sampling import sample
@@ -132,6 +132,13 @@ def demo(config: DemoConfig) -> None:
     counts = ("iterations", "samples", "held_out", "steps", "batch_size", "curve_points")
     check_counts("demo", **{name: getattr(config, name) for name in counts})
     check_seed(config.seed, "demo")
+    teacher, diffusion = load_teacher(config.teacher)
+    depth = len(teacher.blocks)
+    if not 1 <= config.history_layers <= depth:
+        raise ValueError(f"demo: history_layers is {config.history_layers}, accepted are 1..{depth}, the "
+                         "teacher's layers; the student without history is made anyway")  # fmt: skip
+    if config.held_out < FEWEST:
+        raise ValueError(f"demo: held_out is {config.held_out}, accepted is an integer >= {FEWEST}")
     Run(config.out, "demo", config)
     held_out = config.out / "held-out"
     for folder, count, seed in ((config.out / "trajectories", config.samples, config.seed),
@@ -150,7 +157,6 @@ def demo(config: DemoConfig) -> None:
     for name, folder in embedded.items():
         reports[name] = evaluate(EvaluateConfig(folder, held_out, config.out / "embedded" / folder.name))
 
-    teacher, diffusion = load_teacher(config.teacher)
     folders = {**{name: run / "student" for name, run in runs.items()}, **embedded}
     students = {name: load_student(folder)[0] for name, folder in folders.items()}
     store = TrajectoryStore(held_out)

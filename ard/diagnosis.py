@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ard.checkpoints import load_student, replacing, write_json
-from ard.data import Stream, check_counts, check_seed, index_noise
+from ard.data import Stream, check_counts, check_folder, check_seed, index_noise
 from ard.models import ARDTransformer
 from ard.precision import PrecisionConfig, computing
 from ard.runs import plain, versions
@@ -153,8 +153,7 @@ def _check(config: DiagnoseConfig) -> None:
         raise ValueError(f"diagnose: sizes are {config.sizes}, accepted are one or more numbers > 0")
     check_counts("diagnose", batch_size=config.batch_size)
     check_seed(config.seed, "diagnose")
-    if config.out.exists() and not config.out.is_dir():
-        raise ValueError(f"diagnose: out is {config.out}, a file; accepted is a folder, there or not")
+    check_folder("diagnose", config.out)
 
 
 def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
@@ -182,8 +181,8 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
             f"diagnose: samples is {count}, accepted are 2..{len(store)}, what {store.folder} holds"
         )
     loaded = [load_student(folder) for folder in config.students]
-    for folder, (_, trained) in zip(config.students, loaded, strict=True):
-        store.of_student(folder, trained)
+    for folder, (student, trained) in zip(config.students, loaded, strict=True):
+        store.of_student(folder, student, trained)
     device = worker_device()
     rows = []
     with tqdm(total=count * len(loaded), desc="diagnose", unit="sample", mininterval=1.0) as bar:

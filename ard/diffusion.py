@@ -38,6 +38,9 @@ def check_solver(solver: str, where: str) -> None:
     _check(where, "solver", solver, get_args(Solver))
 
 
+_FEWEST_LINEAR = 20  # betas up to 0.02 at 1000 steps are as much larger as steps are fewer
+
+
 def _alphas_cumprod(schedule: str, timesteps: int) -> np.ndarray:
     if schedule == "linear":
         scale = 1000 / timesteps
@@ -89,6 +92,9 @@ class Diffusion:
         _check("Diffusion", "schedule", schedule, get_args(Schedule))
         if timesteps < 1:
             raise ValueError(f"Diffusion: timesteps is {timesteps}, accepted is an integer >= 1")
+        if schedule == "linear" and timesteps <= _FEWEST_LINEAR:
+            raise ValueError(f"Diffusion('linear'): timesteps is {timesteps}, accepted is an integer > "
+                             f"{_FEWEST_LINEAR}; with fewer, betas reach 1")  # fmt: skip
         flow = schedule in _FLOWS
         _check(f"Diffusion({schedule!r})", "prediction", prediction,
                _FLOW_PREDICTIONS if flow else _DIFFUSION_PREDICTIONS)  # fmt: skip
@@ -213,6 +219,8 @@ class Diffusion:
             the result, as index -1 without a prediction.
         """
         check_solver(solver, "Diffusion.solve")
+        if not times:
+            raise ValueError("Diffusion.solve: times is empty, accepted are one or more, see solver_times")
         return self._solve(denoise, noise, labels, times, solver)
 
     def _solve(

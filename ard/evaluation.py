@@ -19,6 +19,7 @@ from ard.assets import ASSETS
 from ard.checkpoints import (
     CONFIG,
     WEIGHTS,
+    described,
     load_student,
     load_weights,
     read_json,
@@ -30,19 +31,28 @@ from ard.checkpoints import (
     write_json,
     write_tensors,
 )
-from ard.data import DEBIAN_FOLDER, Dataset, ImageFolder, check_counts, load_images, to_uint8
+from ard.data import (
+    DEBIAN_FOLDER,
+    Dataset,
+    ImageFolder,
+    check_counts,
+    check_folder,
+    load_images,
+    to_uint8,
+)
 from ard.encoding import decode, load_decoder
 from ard.models.classifier import Classifier
 from ard.pictures import image_grid, save_png
 from ard.precision import PrecisionConfig, computing
 from ard.runs import Run, checkpoints, plain, versions
-from ard.sampling import sample
+from ard.sampling import check_finite, sample
 from ard.shards import worker_device
 from ard.training import Batch, Optimisation, accelerator_for, fit, image_batches
 from ard.trajectories import TrajectoryStore
 
 # Neighbours of a point whose farthest gives its radius: Kynkaanniemi et al., arXiv 1904.06991, section 3.
 _NEIGHBOURS = 3
+FEWEST = _NEIGHBOURS + 1  # samples that can be evaluated
 # Images that a feature network sees at once: the largest of Inception's activations is 5.5 MB an image.
 _BATCH = 250
 
@@ -72,10 +82,8 @@ def extractor_of(classifier: Path, inception: Path | None) -> Extractor:
 
 def load_classifier(folder: Path) -> Classifier:
     """The classifier of a folder, in evaluation mode."""
-    description = read_json(folder / CONFIG)
-    if description.get("class") != "Classifier":
-        raise ValueError(f"{folder / CONFIG}: holds a {description.get('class')}, wanted is a Classifier")
-    model = Classifier(**description["config"])
+    with described(folder, ["Classifier"], "Classifier") as description:
+        model = Classifier(**description["config"])
     load_weights(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
     return model.eval().requires_grad_(False)
 
@@ -291,13 +299,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     student, trained = load_student(config.student)
     store = TrajectoryStore(config.trajectories)
     count = len(store) if config.samples is None else config.samples
-    fewest = _NEIGHBOURS + 1
-    if not fewest <= count <= len(store):
+    if not FEWEST <= count <= len(store):
         raise ValueError(
-            f"evaluate: samples is {count}, accepted are {fewest}..{len(store)}, what {store.folder} holds"
+            f"evaluate: samples is {count}, accepted are {FEWEST}..{len(store)}, what {store.folder} holds"
         )
     check_counts("evaluate", batch_size=config.batch_size)
-    grid, state = store.of_student(config.student, trained)
+    check_folder("evaluate", config.out)
+    grid, state = store.of_student(config.student, student, trained)
     extractor = extractor_of(config.classifier, config.inception)
     reference, device = Statistics.load(config.reference), worker_device()
     vae = None if config.vae is None else load_decoder(config.vae, student.channels, device, "evaluate")
@@ -327,6 +335,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         with computing(config.precision, device):
             path = sample(student, states[:, 0].to(device), labels.to(device)).cpu()
         seconds.append((time.perf_counter() - began) / len(indices))
+        check_finite(config.student, path)
         errors += (path - states[:, 1:]).square().mean((2, 3, 4)).double().sum(0)
         seen["student"].add(images(path[:, -1]), labels)
         seen["teacher"].add(images(states[:, -1]), labels)
@@ -373,6 +382,8 @@ def print_report(report: dict[str, Any]) -> None:
         consistency = "" if row["consistency"] is None else f"{row['consistency']:.3f}"
         print(f"{name:10}{row['frechet']:10.2f}{row['precision']:11.3f}{row['recall']:8.3f}{consistency:>13}")
     print("error against the teacher from the same noise, per step:", *(f"{e:.4f}" for e in report["errors"]))
+    if report["trained_with_the_same_noise"]:
+        print("the student was trained from noise of the same seed; these are not held-out samples")
 
 
 @dataclass(frozen=True)
@@ -479,6 +490,8 @@ def _folder_features(images: ImageFolder, extractor: Extractor) -> Iterator[Tens
 def statistics(config: StatisticsConfig) -> None:
     if config.keep <= _NEIGHBOURS:
         raise ValueError(f"statistics: keep is {config.keep}, accepted is an integer > {_NEIGHBOURS}")
+    if config.out.suffix != ".safetensors":  # by which `ard evaluate` reads it
+        raise ValueError(f"statistics: out is {config.out}, accepted is the name of a .safetensors file")
     extractor = extractor_of(config.classifier, config.inception)
     if config.images is not None:
         images = ImageFolder(config.images, config.size, max(extractor.channels))

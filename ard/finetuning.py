@@ -196,7 +196,7 @@ def finetune(config: FinetuneConfig) -> None:
     teacher, diffusion = load_teacher(config.teacher)
     store.check_teacher(config.teacher)
     time = _fixed_time(config, diffusion)
-    grid, state = store.of_student(folder, trained)
+    grid, state = store.of_student(folder, student, trained)
     if config.history == "own" and not 1 <= config.gradient_steps <= student.steps:
         raise ValueError(
             f"gradient_steps is {config.gradient_steps}, accepted are 1..{student.steps}, the student's steps"

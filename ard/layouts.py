@@ -7,27 +7,17 @@ the embedders, and q, k and v are apart (its scripts/convert_dit_to_diffusers.py
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ard.checkpoints import CONFIG, check_fit, load_weights
+from ard.checkpoints import CONFIG, check_fit, describing, load_weights
 from ard.models import ARDTransformer, DiT
 from ard.models.dit import TimeFrequencies, position_embedding
 from ard.models.student import student_times
-
-
-@contextlib.contextmanager
-def describing(source: object, what: str) -> Iterator[None]:
-    """What a stranger's description can do to the code that reads it, as one clear error."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{source}: does not describe a {what} ({error})") from None
 
 
 def _require(name: str, found: object, accepted: object, layout: str) -> None:

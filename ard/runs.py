@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ard.checkpoints import read_json, read_tensors, remove, replacing, sha256, write_json, write_tensors
+from ard.checkpoints import (
+    describing,
+    read_json,
+    read_tensors,
+    remove,
+    replacing,
+    sha256,
+    write_json,
+    write_tensors,
+)
 from ard_kernels.machine import cpu_name, git
 
 
@@ -57,9 +66,10 @@ def newest_checkpoint(folder: Path) -> tuple[int, dict[str, dict[str, Tensor]]] 
     if not (found := checkpoints(folder)):
         return None
     step, path = found[-1]
-    state = read_json(path / "state.json")
+    with describing(path / "state.json", "checkpoint"):
+        checksums = read_json(path / "state.json")["sha256"].items()
     groups = {}
-    for name, checksum in state["sha256"].items():
+    for name, checksum in checksums:
         file = path / f"{name}.safetensors"
         if not file.is_file() or sha256(file) != checksum:
             raise ValueError(
@@ -115,14 +125,16 @@ class Run:
         wanted = {"command": command, "config": plain(config), "inputs": contents}
         path = folder / "run.json"
         if path.exists():
-            found = read_json(path)
-            if found.get("command") != command:
-                raise ValueError(
-                    f"{folder}: holds a run of `ard {found.get('command')}`, not of `ard {command}`"
-                )
-            old, new = ({**_options(r.get("config", {})), **r.get("inputs", {})} for r in (found, wanted))
-            changed = [n for n in sorted(set(new) | set(old)) if old.get(n) != new.get(n)]
-            if refused := [n for n in changed if not _may_change(n, old, new)]:
+            with describing(path, "run"):
+                found = read_json(path)
+                if found["command"] != command:
+                    raise ValueError(
+                        f"{folder}: holds a run of `ard {found['command']}`, not of `ard {command}`"
+                    )
+                old, new = ({**_options(r["config"]), **r.get("inputs", {})} for r in (found, wanted))
+                changed = [n for n in sorted(set(new) | set(old)) if old.get(n) != new.get(n)]
+                refused = [n for n in changed if not _may_change(n, old, new)]
+            if refused:
                 listed = "; ".join(f"{n} was {old.get(n)!r}, is {new.get(n)!r}" for n in refused)
                 raise ValueError(f"{folder}: holds a run with another configuration ({listed}); "
                                  "name another folder with --out, or remove this one")  # fmt: skip
@@ -152,7 +164,8 @@ class Run:
         for remains in self.folder.rglob(".*.tmp"):  # see `replacing`
             remove(remains)
         path = self.folder / "log.jsonl"
-        kept = [line for line in read_log(self.folder) if line["step"] <= step]
+        with describing(path, "run"):
+            kept = [line for line in read_log(self.folder) if line["step"] <= step]
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._log = path.open("a")

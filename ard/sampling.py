@@ -18,13 +18,14 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from tqdm import tqdm
 
 from ard.checkpoints import load_student, replacing, write_json
-from ard.data import Stream, check_counts, check_seed, index_noise, to_uint8
+from ard.data import Stream, check_counts, check_folder, check_seed, index_noise, to_uint8
 from ard.encoding import decode, load_decoder
 from ard.models import ARDTransformer
+from ard.models.dit import check_inputs
 from ard.pictures import image_grid, save_png
 from ard.precision import PrecisionConfig, computing
 from ard.shards import worker_device
-from ard_kernels.backends import autocast_dtype, forced
+from ard_kernels.backends import forced
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def sample(student: ARDTransformer, noise: Tensor, labels: Tensor, cuda_graph: b
     Args:
         student: the student (of a DistributedDataParallel its `module`).
         noise: (B, C, h, w), in the dtype of the student's weights, or under autocast.
-        labels: (B,) int64 in 0..num_classes-1.
+        labels: (B,) int64 or int32 in 0..num_classes-1. Both are on the student's device.
         cuda_graph: replay all S steps as one CUDA graph, which takes the launches off the host: the same
             kernels, the same bits. True records at the first call with these shapes; False never does. None,
             the default, records at the second such call where that is safe: on a GPU, when no forward hook
@@ -53,24 +54,8 @@ def sample(student: ARDTransformer, noise: Tensor, labels: Tensor, cuda_graph: b
     """
     if not isinstance(getattr(student, "_orig_mod", student), ARDTransformer):  # torch.compile's wrapper
         raise ValueError(f"sample: student is {type(student).__name__}, accepted is an ARDTransformer")
-    for name, value in (("noise", noise), ("labels", labels)):
-        if not isinstance(value, Tensor):
-            raise ValueError(f"sample: {name} is {type(value).__name__}, accepted is a Tensor")
-    expected = (student.channels, *student.input_size)
-    if noise.dim() != 4 or tuple(noise.shape[1:]) != expected:
-        raise ValueError(
-            f"sample: noise has shape {tuple(noise.shape)}, accepted is (B, {', '.join(map(str, expected))})"
-        )
-    if noise.dtype != student.dtype and autocast_dtype(noise.device) is None:
-        raise ValueError(
-            f"sample: noise is {noise.dtype}, accepted is {student.dtype} as the weights are, or autocast"
-        )
-    if labels.shape != noise.shape[:1]:
-        raise ValueError(
-            f"sample: labels has shape {tuple(labels.shape)}, accepted is ({len(noise)},), one per noise"
-        )
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"sample: labels is {labels.dtype}, accepted are int64 and int32")
+    shape = (student.channels, *student.input_size)
+    check_inputs("sample", student.pos_embed, shape, {"noise": noise, "labels": labels})
     if labels.numel():
         low, high = torch.stack(labels.aminmax()).tolist()  # one wait for the GPU, not two
         if not 0 <= low <= high < student.num_classes:
@@ -243,6 +228,11 @@ class SampleConfig(PrecisionConfig):
     """Folder of a diffusers AutoencoderKL that decodes the latents."""
 
 
+def check_finite(folder: Path, predictions: Tensor) -> None:
+    if not predictions.isfinite().all():
+        raise ValueError(f"{folder}: the student's predictions are not finite")
+
+
 _SHOWN = 100  # on the picture
 
 
@@ -251,6 +241,7 @@ def run(config: SampleConfig) -> None:
 
     check_counts("sample", samples=config.samples, batch_size=config.batch_size)
     check_seed(config.seed, "sample")
+    check_folder("sample", config.out)
     student, _ = load_student(config.student)
     device = worker_device()
     vae = _vae(config, student.channels, device)
@@ -264,6 +255,7 @@ def run(config: SampleConfig) -> None:
         labels = classes[some % len(classes)]
         with computing(config.precision, device):
             result = sample(student, noise.to(device), labels.to(device))[:, -1]
+        check_finite(config.student, result)
         result = (result if vae is None else decode(vae, result)).cpu()
         if some[0] < _SHOWN:
             pictures.append(result)

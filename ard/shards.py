@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ard.checkpoints import read_json, remove, sha256, write_json, write_tensors, write_text
+from ard.checkpoints import describing, read_json, remove, sha256, write_json, write_tensors, write_text
 
 MANIFEST = "manifest.json"
 StoredDtype = Literal["float16", "bfloat16", "float32"]
@@ -46,9 +46,10 @@ class Shards:
         folder: of the store.
         command: of `ard` that writes such stores; errors name it.
         format: what the manifest must have under "format".
+        keys: what else must be in it.
     """
 
-    def __init__(self, folder: Path, command: str, format: int | str) -> None:
+    def __init__(self, folder: Path, command: str, format: int | str, keys: Iterable[str] = ()) -> None:
         self.folder, self.command = folder, command
         path = folder / MANIFEST
         if not path.is_file():
@@ -59,7 +60,13 @@ class Shards:
         found = self.manifest.get("format") if isinstance(self.manifest, dict) else None
         if found != format:
             raise ValueError(f"{path}: format is {found!r}, accepted is {format!r}")
-        self.samples, self.size = int(self.manifest["samples"]), int(self.manifest["shard_size"])
+        self.samples: int
+        self.size: int
+        with describing(path, f"folder of `ard {command}`"):
+            self.samples, self.size, *_ = (self.manifest[k] for k in ("samples", "shard_size", *keys))
+        for name, value in (("samples", self.samples), ("shard_size", self.size)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{path}: {name} is {value!r}, accepted is an integer >= 1")
         self._identity = sha256(path)
         self._open: OrderedDict[int, dict[str, Any]] = OrderedDict()
         self._checked: set[int] = set()

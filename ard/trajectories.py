@@ -18,17 +18,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from ard.checkpoints import WEIGHTS, load_teacher, sha256
+from ard.checkpoints import WEIGHTS, describing, load_teacher, sha256
 from ard.data import check_counts, check_seed, index_noise, shuffled
 from ard.diffusion import Solver, check_solver, guided
+from ard.models import ARDTransformer
 from ard.precision import PrecisionConfig, computing
-from ard.shards import DTYPES, Shards, StoredDtype, worker, worker_device
+from ard.shards import DTYPES, MANIFEST, Shards, StoredDtype, worker, worker_device
 
 State = Literal["x0", "xt"]
 _FORMAT = 1
@@ -157,6 +159,13 @@ def record(config: RecordConfig) -> None:
         print(f"trajectories: {config.out} ({config.samples} samples)")
 
 
+def _checked(where: str, state: str) -> State:
+    if state not in get_args(State):
+        accepted = ", ".join(map(repr, get_args(State)))
+        raise ValueError(f"{where}: state is {state!r}, accepted are {accepted}")
+    return cast(State, state)
+
+
 class Trajectories(ABC):
     """Trajectories by sample index, for training.
 
@@ -168,9 +177,20 @@ class Trajectories(ABC):
     folder: Path
     manifest: dict[str, Any]
 
-    @abstractmethod
     def states(self, indices: Tensor, grid: tuple[int, ...], state: State) -> tuple[Tensor, Tensor]:
-        """(n, S+1, C, h, w) float32, the states of `indices` at the positions of `grid`; and (n,) labels."""
+        """(n, S+1, C, h, w) float32, the states of `indices` at the positions of `grid`; (n,) int64 labels.
+
+        Raises:
+            ValueError: no index or one that is not there, a grid that `grid` does not accept, another state.
+        """
+        if not len(indices) or not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
+            raise ValueError(f"states: indices are {indices.tolist()}, accepted are one or more of "
+                             f"0..{len(self) - 1}, what {self.folder} holds")  # fmt: skip
+        return self._states(indices, self.grid(len(grid) - 1, grid), _checked("states", state))
+
+    @abstractmethod
+    def _states(self, indices: Tensor, grid: tuple[int, ...], state: State) -> tuple[Tensor, Tensor]:
+        """`states` of what was checked."""
 
     def __len__(self) -> int:
         samples = self.manifest["samples"]
@@ -189,19 +209,27 @@ class Trajectories(ABC):
             raise ValueError(f"{self.folder}: was recorded from another teacher than {folder}")
 
     def summary(self, grid: tuple[int, ...], state: State) -> dict[str, Any]:
-        """What a student trained on these states should remember of them: `ARDTransformer.trajectories`."""
-        kept = {name: self.manifest[name] for name in (*_SAME, "seed", "samples")}
-        return {**kept, "grid": list(grid), "state": state}
+        """What a student trained on these states should remember of them: `ARDTransformer.trajectories`.
 
-    def of_student(self, folder: Path, trained: Mapping[str, Any]) -> tuple[tuple[int, ...], State]:
+        Raises:
+            ValueError: a grid that `grid` does not accept, or another state.
+        """
+        kept = {name: self.manifest[name] for name in (*_SAME, "seed", "samples")}
+        return {**kept, "grid": [*self.grid(len(grid) - 1, grid)], "state": _checked("summary", state)}
+
+    def of_student(
+        self, folder: Path, student: ARDTransformer, trained: Mapping[str, Any]
+    ) -> tuple[tuple[int, ...], State]:
         """The grid and the kind of the states that a student was trained on.
 
         Args:
             folder: of the student.
+            student: what is there.
             trained: what it says of its training, see `summary`.
 
         Raises:
-            ValueError: it does not say, or these trajectories are made otherwise or lack a position.
+            ValueError: it does not say, or not of as many states as it has steps, or these trajectories are
+                made otherwise or lack a position.
         """
         grid, state = trained.get("grid"), trained.get("state")
         if trained.get("teacher") is None or grid is None or state not in get_args(State):
@@ -220,7 +248,12 @@ class Trajectories(ABC):
             raise ValueError(
                 f"{self.folder}: was not recorded as what {folder} was trained on ({'; '.join(changed)})"
             )
-        return self.grid(len(grid) - 1, tuple(grid)), cast(State, state)
+        if len(grid) != student.steps + 1:
+            raise ValueError(
+                f"{folder}: says that it was trained on the states at positions {grid}, accepted are "
+                f"{student.steps + 1} of them, one more than its steps"
+            )
+        return self.grid(student.steps, tuple(grid)), cast(State, state)
 
     def has_noise_of(self, trained: Mapping[str, Any]) -> bool:
         """Whether a student was trained from the same noise, as far as it says."""
@@ -235,10 +268,11 @@ class Trajectories(ABC):
 
         Default: the released recipe's where it has one, else the kept positions nearest to an even spacing.
         """
-        if steps < 1:
-            raise ValueError(f"grid: steps is {steps}, accepted is an integer >= 1")
         top = self.manifest["solver_steps"]
         available = [top, *self.manifest["kept"], 0]
+        if not 1 <= steps < len(available):
+            raise ValueError(f"grid: steps is {steps}, accepted are 1..{len(available) - 1}, between the "
+                             f"positions that {self.folder} has: {available}")  # fmt: skip
         if asked is None and top == 25 and set(_RELEASED.get(steps, (-1,))) <= set(available):
             return _RELEASED[steps]
         if asked is None:
@@ -256,19 +290,17 @@ class Trajectories(ABC):
 class TrajectoryStore(Trajectories):
     """Recorded trajectories, read by sample index. `Shards` checks each shard when it is first used."""
 
-    def __init__(self, folder: Path) -> None:
-        self._shards = Shards(folder, "record", _FORMAT)
-        self._shards.check_complete()
+    def __init__(self, folder: str | PathLike[str]) -> None:
+        folder = Path(folder)
+        self._shards = Shards(folder, "record", _FORMAT, (*_SAME, "seed", "kept"))
         self.folder, self.manifest = folder, self._shards.manifest
+        with describing(folder / MANIFEST, "recording"):
+            inner = range(1, self.manifest["solver_steps"])
+            if not all(position in inner for position in self.manifest["kept"]):
+                raise TypeError(f"kept is {self.manifest['kept']}, accepted are positions 1..{len(inner)}")
+        self._shards.check_complete()
 
-    def states(self, indices: Tensor, grid: tuple[int, ...], state: State) -> tuple[Tensor, Tensor]:
-        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
-            raise ValueError(f"states: indices are {indices.min()}..{indices.max()}, accepted are "
-                             f"0..{len(self) - 1}, what {self.folder} holds")  # fmt: skip
-        if state not in get_args(State):
-            raise ValueError(
-                f"states: state is {state!r}, accepted are {', '.join(map(repr, get_args(State)))}"
-            )
+    def _states(self, indices: Tensor, grid: tuple[int, ...], state: State) -> tuple[Tensor, Tensor]:
         kept = self.manifest["kept"]
         paths, labels = [], []
         for index in indices.tolist():
@@ -299,7 +331,7 @@ class LiveTrajectories(Trajectories):
         self._maker = _Maker(teacher, config, "LiveTrajectories")
         self.manifest = self._maker.manifest(range(config.solver_steps - 1, 0, -1), samples=samples)
 
-    def states(self, indices: Tensor, grid: tuple[int, ...], state: State) -> tuple[Tensor, Tensor]:
+    def _states(self, indices: Tensor, grid: tuple[int, ...], state: State) -> tuple[Tensor, Tensor]:
         paths, labels = [], []
         for some in indices.split(self._maker.config.batch_size):
             made = self._maker.make(some, grid[1:-1])

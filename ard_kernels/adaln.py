@@ -26,7 +26,7 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, layout: BlockLayout, eps: flo
         x: (B, T, D), T = layout.total.
         shift, scale: (B, S, D), any floating dtype, strided views of a packed (B, S, 6, D) table included.
         layout: the S blocks.
-        eps: added to the variance.
+        eps: added to the variance; finite and >= 0.
 
     Returns:
         (B, T, D) in the dtype of x, under autocast in its dtype (what the next linear layer wants).
@@ -34,11 +34,11 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, layout: BlockLayout, eps: flo
         definition is `ard_kernels.reference.adaln`; DiT, arXiv 2212.09748, section 3.2 (adaLN-Zero).
 
     Raises:
-        ValueError: a shape, dtype, device or layout that does not fit; the message names it.
+        ValueError: a shape, dtype, device, layout or eps that does not fit; the message names it.
         NotImplementedError: forward-mode differentiation (jvp).
     """
     _check("adaln", layout, {"x": x}, shift=shift, scale=scale)
-    check_number("adaln", "eps", eps)
+    check_number("adaln", "eps", eps, least=0)
     backend = choose("adaln", _BACKENDS, x, shift, scale)
     y, _, _ = _adaln(x, shift, scale, layout.runs, eps, _branch_dtype(x), backend)
     return cast(Tensor, y)
@@ -79,7 +79,7 @@ def gated_residual_adaln(
     it is stored, after rounding. The definition is `ard_kernels.reference.gated_residual_adaln`.
     """
     _check("gated_residual_adaln", layout, {"x": x, "branch": branch}, gate=gate, shift=shift, scale=scale)
-    check_number("gated_residual_adaln", "eps", eps)
+    check_number("gated_residual_adaln", "eps", eps, least=0)
     backend = choose("gated_residual_adaln", _BACKENDS, x, branch, gate, shift, scale)
     x, y, _, _ = _gated_residual_adaln(
         x, branch, gate, shift, scale, layout.runs, eps, _branch_dtype(x), backend

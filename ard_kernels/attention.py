@@ -30,7 +30,7 @@ def block_attention(
             (slices of a packed qkv included).
         layout: the blocks.
         mask: "causal" (blocks 0..i), "diagonal" (block i), "window" (i-1 and i) or "anchor" (0 and i).
-        scale: factor on q k^T; None is Dh ** -0.5.
+        scale: factor on q k^T, finite; None is Dh ** -0.5.
 
     Returns:
         (B, T, H, Dh) in the dtype of q; under autocast inputs are cast to the autocast dtype.
@@ -38,7 +38,7 @@ def block_attention(
         `ard_kernels.reference.block_attention`; masks M1-M4 of ARD (arXiv 2504.11295).
 
     Raises:
-        ValueError: a shape, dtype, device, layout or mask that does not fit; the message names it.
+        ValueError: a shape, dtype, device, layout, mask or scale that does not fit; the message names it.
         NotImplementedError: forward-mode differentiation (jvp).
     """
     _check("block_attention", layout, mask, None, q=q, k=k, v=v)
@@ -64,6 +64,10 @@ def cached_block_attention(
 
     Returns:
         (B, L_block, H, Dh) in the dtype of q; differentiable in q and in both caches (zero in hidden rows).
+
+    Raises:
+        ValueError: as in `block_attention`, or a block that the layout does not have; the message names it.
+        NotImplementedError: forward-mode differentiation (jvp).
     """
     _check("cached_block_attention", layout, mask, block, q=q, k_cache=k_cache, v_cache=v_cache)
     return _call(q, k_cache, v_cache, layout, mask, scale, block)
@@ -75,7 +79,8 @@ def _call(
     name = "block_attention" if block < 0 else "cached_block_attention"
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    check_number(name, "scale", scale)
+    else:
+        check_number(name, "scale", scale)
     dtype = autocast_dtype(q.device)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

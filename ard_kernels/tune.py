@@ -14,6 +14,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
@@ -61,12 +62,22 @@ def key(kernel: str, dim: int, whole: bool) -> str:
 @cache
 def _table() -> dict[str, dict[str, Launch]]:
     """By GPU name and `key`. A file that is not such a table is an error that names it."""
-    path = table_path()
-    if not path.exists():
+    named = bool(os.environ.get(_VARIABLE))
+    try:
+        path = table_path()
+        text = path.read_text()
+    except FileNotFoundError:
+        return {}
+    except (OSError, RuntimeError) as error:  # a home that is another user's, or nobody's
+        if named:
+            raise ValueError(f"environment variable {_VARIABLE}: {error}") from None
+        warnings.warn(
+            f"the table of launches cannot be read, the built-in ones are used: {error}", stacklevel=2
+        )
         return {}
     names = {field.name for field in fields(Launch)}
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(text)
         table = {
             gpu: {name: Launch(**entry) for name, entry in section.items()} for gpu, section in stored.items()
         }

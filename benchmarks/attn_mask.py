@@ -1,7 +1,8 @@
-"""Block attention: a picture of the four masks, a check against the reference, and time against what
-PyTorch offers.
+"""Block attention: a check against the reference, and time against what PyTorch offers, as JSON and a picture
+beside it.
 
-    python benchmarks/attn_mask.py [--shapes small|default] [--dtype bfloat16] [--out FILE]
+    python -m benchmarks.attn_mask [--shapes small|default] [--dtype bfloat16] [--out FILE]
+    python -m benchmarks.attn_mask --masks docs/masks.png      # a picture of the four masks, and nothing else
 
 Peers are dense-mask SDPA and compiled FlexAttention, both given their mask ready made. A peer that fails
 says why.
@@ -10,7 +11,6 @@ says why.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,12 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from common import RESULTS, ROOT, environment, medians, write_json
-
 from ard_kernels import BlockLayout, block_attention, reference, use_backend
 from ard_kernels.layout import MASKS, Mask
+from benchmarks.common import RESULTS, environment, medians, write_json
 from benchmarks.suite.attention import Shape
 from benchmarks.suite.record import backends
 
@@ -205,12 +202,13 @@ def main() -> None:
     parser.add_argument("--shapes", choices=("small", "default"), default="default")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--out", type=Path, default=RESULTS / f"attn_mask-{device}.json")
+    parser.add_argument("--masks", type=Path)
     options = parser.parse_args()
+    if options.masks is not None:
+        draw_masks(options.masks)
+        return
     dtype = getattr(torch, options.dtype)
 
-    docs = ROOT / "docs"
-    docs.mkdir(exist_ok=True)
-    draw_masks(docs / "masks.png")
     record = environment()
     errors = check(device, dtype)
     worst = {
@@ -240,7 +238,7 @@ def main() -> None:
         options.out, {"environment": record, "dtype": options.dtype, "accuracy": errors, "times": rows}
     )
     machine = record["gpu"] or f"{record['cpu']}, {record['threads']} threads"
-    draw_times(rows, docs / f"attn_mask-{device}.png", f"block attention, {options.dtype}, {machine}")
+    draw_times(rows, options.out.with_suffix(".png"), f"block attention, {options.dtype}, {machine}")
     print(f"wrote {options.out}")
 
 

@@ -61,13 +61,20 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_max, 0))
 
 
+def _program() -> list[str]:
+    spec = sys.modules["__main__"].__spec__
+    return [os.path.relpath(sys.argv[0])] if spec is None else ["-m", spec.name]
+
+
 def environment() -> dict[str, Any]:
     """The command, the commit (None without git), the machine, the versions and the date: what makes a number
     repeatable."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    changes = git("status", "--porcelain", "--untracked-files=no")
+    # Not of what benchmarks write themselves, one after the other.
+    code = (":/", ":!benchmarks/results", ":!docs")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", *code)
     return {
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": shlex.join(["python", *_program(), *sys.argv[1:]]),
         "commit": git("rev-parse", "HEAD"),
         "modified": None if changes is None else bool(changes),
         "cpu": cpu_name(),

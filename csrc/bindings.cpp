@@ -162,6 +162,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("gelu", &ard::gelu);
 #ifdef ARD_HAS_CUDA
     m.def("adaln_cuda", &ard::adaln_cuda);
+    m.attr("cuda_architectures") = ARD_CUDA_ARCHITECTURES;
 #else
     m.attr("no_cuda") = ARD_NO_CUDA;
 #endif

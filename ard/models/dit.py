@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ard.models.history import History, TeacherForced
 from ard.models.pretrained import Pretrained
 from ard_kernels import BlockLayout, adaln, gated_residual_adaln, gelu
+from ard_kernels.backends import autocast_dtype
 
 if TYPE_CHECKING:
     from ard.diffusion import Diffusion
@@ -35,6 +36,43 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 _TIME_FREQUENCIES = 256
 _EPS = 1e-6
+_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts: float64 it leaves
+
+
+def is_integer(value: object, least: int = 1) -> bool:
+    """Whether it is an int >= least, which True and 2.0 are not."""
+    return type(value) is int and value >= least
+
+
+def check_inputs(where: str, weight: Tensor, shape: tuple[int, ...], inputs: dict[str, Tensor]) -> None:
+    """Errors in the name of `where` about the inputs of a network that has this weight.
+
+    The first is (B, *shape), in the dtype of the weight or under autocast; the others, "labels" among them,
+    are (B,). All are on the device of the weight. No value is looked at: the host would wait for the GPU.
+    """
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{where}: {name} is {type(value).__name__}, accepted is a Tensor")
+        if value.device != weight.device:
+            raise ValueError(
+                f"{where}: {name} is on {value.device}, accepted is {weight.device}, where the weights are"
+            )
+    (name, x), *others = inputs.items()
+    if x.dim() != 1 + len(shape) or tuple(x.shape[1:]) != shape:
+        raise ValueError(
+            f"{where}: {name} has shape {tuple(x.shape)}, accepted is (B, {', '.join(map(str, shape))})"
+        )
+    if x.dtype != weight.dtype and (autocast_dtype(x.device) is None or x.dtype not in _AUTOCAST):
+        raise ValueError(f"{where}: {name} is {x.dtype}, accepted is {weight.dtype} as the weights are, or "
+                         f"under autocast {', '.join(map(str, _AUTOCAST))}")  # fmt: skip
+    for name, value in others:
+        if value.shape != x.shape[:1]:
+            raise ValueError(
+                f"{where}: {name} has shape {tuple(value.shape)}, accepted is ({len(x)},), one per sample"
+            )
+    labels = inputs["labels"]
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{where}: labels is {labels.dtype}, accepted are int64 and int32")
 
 
 def position_embedding(width: int, grid: tuple[int, int]) -> Tensor:
@@ -211,11 +249,15 @@ class DiT(nn.Module, Pretrained):
 
     Args:
         input_size: height and width of the input, or one number for both; multiples of patch_size.
-        patch_size, channels, width, depth, heads, mlp_ratio: the architecture.
+        patch_size, channels, width, depth, heads: the architecture; width is a multiple of heads and of 4.
+        mlp_ratio: hidden channels of the MLP over width, rounded down to whole channels.
         num_classes: class labels are 0..num_classes-1.
         null_class: a further label, num_classes, means "no class"; guidance needs it.
         learn_sigma: the output has 2*channels channels, the second half for the variance.
         time_frequencies: of the time embedding: "dit" (the public release) or "diffusers" (its DiT differs).
+
+    Raises:
+        ValueError: an argument that is none of these; the message names it.
 
     Attributes:
         diffusion: the process that it was trained for; `from_pretrained` sets it, `save_pretrained` needs it.
@@ -240,18 +282,28 @@ class DiT(nn.Module, Pretrained):
         null_class: bool = True, learn_sigma: bool = True, time_frequencies: TimeFrequencies = "dit",
     ) -> None:  # fmt: skip
         super().__init__()
-        size = (input_size, input_size) if isinstance(input_size, int) else (input_size[0], input_size[1])
-        counts = {"input_size": min(size), "patch_size": patch_size, "channels": channels, "width": width,
-                  "depth": depth, "heads": heads, "num_classes": num_classes}  # fmt: skip
+        size = tuple(input_size) if isinstance(input_size, Sequence) else (input_size, input_size)
+        if len(size) != 2 or not all(map(is_integer, size)):
+            raise ValueError(f"DiT: input_size is {input_size!r}, accepted is an integer >= 1, or height and "
+                             "width, two of them")  # fmt: skip
+        counts = {"patch_size": patch_size, "channels": channels, "width": width, "depth": depth,
+                  "heads": heads, "num_classes": num_classes}  # fmt: skip
         for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"DiT: {name} is {count}, accepted is an integer >= 1")
+            if not is_integer(count):
+                raise ValueError(f"DiT: {name} is {count!r}, accepted is an integer >= 1")
+        for name, flag in {"null_class": null_class, "learn_sigma": learn_sigma}.items():
+            if not isinstance(flag, bool):
+                raise ValueError(f"DiT: {name} is {flag!r}, accepted are True and False")
         if size[0] % patch_size or size[1] % patch_size:
             raise ValueError(
                 f"DiT: input_size is {size}, accepted are multiples of patch_size ({patch_size})"
             )
         if width % heads or width % 4:
             raise ValueError(f"DiT: width is {width}, accepted are multiples of heads ({heads}) and of 4")
+        number = isinstance(mlp_ratio, float) or is_integer(mlp_ratio)
+        if not (number and 1 <= width * mlp_ratio < math.inf):
+            raise ValueError(f"DiT: mlp_ratio is {mlp_ratio!r}, accepted is a finite number >= 1/{width}, "
+                             "one hidden channel")  # fmt: skip
         self.config: dict[str, Any] = {
             "input_size": list(size), "patch_size": patch_size, "channels": channels, "width": width,
             "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio, "num_classes": num_classes,
@@ -336,26 +388,18 @@ class DiT(nn.Module, Pretrained):
         """The network's raw prediction.
 
         Args:
-            x: (B, C, h, w), the noisy latent.
+            x: (B, C, h, w), the noisy latent, in the dtype of the weights or under autocast.
             t: (B,), time in [0, 1000); fractions are allowed.
-            labels: (B,) int64 in 0..num_classes (num_classes: no class).
+            labels: (B,) int64 or int32 in 0..num_classes (num_classes: no class). Their range is not checked.
 
         Returns:
             (B, C or 2C, h, w).
 
         Raises:
-            ValueError: a shape that does not fit; the message names it.
+            ValueError: a type, shape, dtype or device that does not fit; the message names it.
         """
-        expected = (self.channels, *self.input_size)
-        if x.dim() != 4 or tuple(x.shape[1:]) != expected:
-            raise ValueError(
-                f"DiT: x has shape {tuple(x.shape)}, accepted is (B, {', '.join(map(str, expected))})"
-            )
-        for name, value in (("t", t), ("labels", labels)):
-            if value.shape != x.shape[:1]:
-                raise ValueError(
-                    f"DiT: {name} has shape {tuple(value.shape)}, accepted is ({len(x)},), one per sample"
-                )
+        shape = (self.channels, *self.input_size)
+        check_inputs("DiT", self.pos_embed, shape, {"x": x, "t": t, "labels": labels})
         return self.features(x, self.condition(t, labels))[0]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ard.models.dit import DiT, FinalLayer, run_layers, unpatchify
+from ard.models.dit import DiT, FinalLayer, check_inputs, is_integer, run_layers, unpatchify
 from ard.models.history import KVCache, TeacherForced
 from ard.models.pretrained import Pretrained
 from ard_kernels import BlockLayout
@@ -38,6 +38,9 @@ class ARDTransformer(nn.Module, Pretrained):
             (`Diffusion.student_times`); default: those of the released recipe, for times in 0..999. Of a
             teacher that knows its process `from_teacher` takes that one's.
 
+    Raises:
+        ValueError: an argument that is none of these; the message names it.
+
     Attributes:
         checkpointing: trade compute for memory in training (activation checkpointing).
         trajectories: what it was trained on, as its folder records it.
@@ -60,14 +63,18 @@ class ARDTransformer(nn.Module, Pretrained):
         self, dit: DiT, steps: int, history_layers: int, mask: Mask, per_step_final: bool,
         times: Sequence[float] | None,
     ) -> None:  # fmt: skip
-        if steps < 1:
-            raise ValueError(f"ARDTransformer: steps is {steps}, accepted is an integer >= 1")
-        if not 0 <= history_layers <= dit.depth:
-            raise ValueError(f"ARDTransformer: history_layers is {history_layers}, "
-                             f"accepted are 0..{dit.depth}, the teacher's layers")  # fmt: skip
+        if not is_integer(steps):
+            raise ValueError(f"ARDTransformer: steps is {steps!r}, accepted is an integer >= 1")
+        if not is_integer(history_layers, 0) or history_layers > dit.depth:
+            raise ValueError(f"ARDTransformer: history_layers is {history_layers!r}, accepted are "
+                             f"0..{dit.depth} (integers), the teacher's layers")  # fmt: skip
         check_mask(mask, "ARDTransformer")
-        if times is not None and not (len(times) == steps and all(map(math.isfinite, times))):
-            raise ValueError(f"ARDTransformer: times is {times}, accepted are {steps} (steps) finite numbers")
+        if not isinstance(per_step_final, bool):
+            raise ValueError(f"ARDTransformer: per_step_final is {per_step_final!r}, accepted are True and "
+                             "False")  # fmt: skip
+        if times is not None and not _are_times(times, steps):
+            raise ValueError(f"ARDTransformer: times is {times!r}, accepted are {steps} (steps) finite "
+                             "numbers")  # fmt: skip
         self.config: dict[str, Any] = {
             "teacher": dit.config, "steps": steps, "history_layers": history_layers, "mask": mask,
             "per_step_final": per_step_final,
@@ -102,12 +109,23 @@ class ARDTransformer(nn.Module, Pretrained):
         per_step_final: bool = True,
         times: Sequence[float] | None = None,
     ) -> ARDTransformer:
-        """A student with a copy of the teacher's weights, in every final layer without the variance half."""
+        """A student with a copy of the teacher's weights, in every final layer without the variance half.
+
+        Args:
+            teacher: a DiT, which stays as it is.
+            steps, history_layers, mask, per_step_final, times: as for the class.
+
+        Returns:
+            The student, on the teacher's device and in its dtype; all weights but the positions train.
+
+        Raises:
+            ValueError: an argument that is none of these; the message names it.
+        """
         if not isinstance(teacher, DiT):
             raise ValueError(
                 f"ARDTransformer.from_teacher: teacher is {type(teacher).__name__}, accepted is a DiT"
             )
-        if times is None and teacher.diffusion is not None and steps >= 1:
+        if times is None and teacher.diffusion is not None and is_integer(steps):
             told = teacher.diffusion.student_times(steps)
             times = None if told == student_times(steps).tolist() else told
         student = cls.__new__(cls)
@@ -143,7 +161,15 @@ class ARDTransformer(nn.Module, Pretrained):
         return layer
 
     def modulation(self, labels: Tensor) -> list[Tensor]:
-        """labels (B,) -> the modulation of all S steps: layers (B, S, 6, D), final norm (B, S, 2, D)."""
+        """The modulation of all S steps. Nothing is checked here.
+
+        Args:
+            labels: (B,) int64 or int32 in 0..num_classes-1, on the device of the weights.
+
+        Returns:
+            Of every layer (B, S, 6, D), and last of the final norm (B, S, 2, D); in the dtype of the weights,
+            under autocast in its dtype.
+        """
         condition = self.t_embedder(self.times) + self.y_embedder(labels).unsqueeze(1)  # (B, S, D)
         tables = [layer.adaLN_modulation(condition) for layer in self.blocks]  # type: ignore[operator]
         final = [self._final(s).adaLN_modulation(condition[:, s : s + 1]) for s in range(self.steps)]
@@ -161,19 +187,19 @@ class ARDTransformer(nn.Module, Pretrained):
         """One teacher-forced pass over all states.
 
         Args:
-            states: (B, S, C, h, w), the noise and states 1..S-1.
-            labels: (B,) int64.
+            states: (B, S, C, h, w), the noise and states 1..S-1, in the dtype of the weights or under
+                autocast.
+            labels: (B,) int64 or int32 in 0..num_classes-1. Their range is not checked.
 
         Returns:
-            (B, S, C, h, w), the predictions of states 1..S.
+            (B, S, C, h, w), the predictions of states 1..S, in the dtype of the weights, under autocast in
+            its dtype.
+
+        Raises:
+            ValueError: a type, shape, dtype or device that does not fit; the message names it.
         """
-        expected = (self.steps, self.channels, *self.input_size)
-        if states.dim() != 5 or tuple(states.shape[1:]) != expected:
-            raise ValueError(f"ARDTransformer: states has shape {tuple(states.shape)}, accepted is (B, "
-                             f"{', '.join(map(str, expected))})")  # fmt: skip
-        if labels.shape != states.shape[:1]:
-            raise ValueError(f"ARDTransformer: labels has shape {tuple(labels.shape)}, accepted is "
-                             f"({len(states)},), one per sample")  # fmt: skip
+        shape = (self.steps, self.channels, *self.input_size)
+        check_inputs("ARDTransformer", self.pos_embed, shape, {"states": states, "labels": labels})
         parts = self.trunk(states, labels).unflatten(1, (self.steps, -1)).unbind(1)
         return torch.stack([self._predict(part, s) for s, part in enumerate(parts)], 1)
 
@@ -185,7 +211,16 @@ class ARDTransformer(nn.Module, Pretrained):
         )[0]
 
     def cache(self, batch: int, device: torch.device) -> KVCache:
-        """An empty cache for `step`, of the dtype that keys and values have: autocast's, or the weights'."""
+        """An empty cache for `step`. Nothing is checked here.
+
+        Args:
+            batch: B.
+            device: of the states.
+
+        Returns:
+            Keys and values, (N, B, S*L, H, Dh) each, N = history_layers; in the dtype of the weights, under
+            autocast in its dtype.
+        """
         return KVCache(
             self.layout,
             self.history_layers,
@@ -206,6 +241,13 @@ class ARDTransformer(nn.Module, Pretrained):
         own = [table[:, step : step + 1] for table in tables]
         y, _ = run_layers(self.blocks, self.embed(state.unsqueeze(1)), own, cache)
         return self._predict(y, step)
+
+
+def _are_times(times: Sequence[float], steps: int) -> bool:
+    try:
+        return len(times) == steps and all(map(math.isfinite, times))
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # what has no length, or holds no numbers
+        return False
 
 
 def _without_variance(dit: DiT) -> FinalLayer:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import sys
 import warnings
@@ -174,18 +175,22 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if on else None
 
 
-def check_number(where: str, name: str, value: object) -> None:
-    """An error for what is no number, a tensor above all: it would get no gradient."""
+def check_number(where: str, name: str, value: object, least: float = -math.inf) -> None:
+    """An error for what is no finite number >= least, a tensor above all: it would get no gradient."""
     if not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
         raise ValueError(
             f"{where}: {name} is {type(value).__name__}, accepted is an int or a float (it gets no gradient)"
         )
+    if not (-math.inf < value < math.inf and value >= least):  # torch.compile cannot trace math.isfinite
+        bound = "" if least == -math.inf else f" >= {least}"
+        raise ValueError(f"{where}: {name} is {value}, accepted is a finite number{bound}")
 
 
 def choose(where: str, modules: dict[str, ModuleType], *tensors: Tensor) -> str:
     """The backend for these tensors: the one demanded, else the device's first that takes them.
 
-    A demanded one that cannot take them is a ValueError; one passed over on a GPU is reported once, by name.
+    A demanded one that cannot take them is a ValueError; one passed over on a GPU, or absent, is reported
+    once, by name.
     """
     check_tangents(where, *tensors)
     demanded = forced()
@@ -199,7 +204,7 @@ def choose(where: str, modules: dict[str, ModuleType], *tensors: Tensor) -> str:
         reason = modules[name].supports(*tensors) if name in modules else "it is not installed"
         if reason is None:
             return name
-        if device == "cuda":
+        if device == "cuda" or not _STATUS[name]().available:
             _report(f"{where}: backend {name!r} cannot be used, a slower one takes its place: {reason}")
     raise AssertionError("eager supports everything")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
-from ard_kernels.backends import autocast_dtype, native
+from ard_kernels.backends import autocast_dtype, constant, native
 from ard_kernels.backends.native import activations, given, rows
 from ard_kernels.layout import BlockLayout
 
@@ -22,8 +24,9 @@ def supports(*tensors: Tensor) -> str | None:
     x, *rest = tensors
     if x.device.type != "cuda":
         return native.supports(*tensors)
-    if native.CUDA_REASON is not None:
-        return native.CUDA_REASON
+    reason: str | None = native.CUDA_REASON or _device_reason()
+    if reason is not None:
+        return reason
     out = autocast_dtype(x.device) or x.dtype
     if (x.dtype, out) not in ((torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)):
         return f"x is {x.dtype} and y would be {out}, accepted are float32 and bfloat16, x not the narrower"
@@ -64,10 +67,37 @@ def _run(
         native.C.adaln_cuda(backward, clusters, *shape, *statistics, partial.data_ptr(), stream)
 
 
+def runs_as(architectures: str, capability: tuple[int, int]) -> tuple[int, int] | None:
+    """For which of the architectures ("80 90a") the code was made that a device runs: the newest that is not
+    newer. One with an "a" is for itself alone, one with an "f" for its major version."""
+    found = []
+    for name in architectures.split():
+        number, kind = re.fullmatch("([0-9]+)([af]?)", name).groups()  # type: ignore[union-attr]
+        made = divmod(int(number), 10)
+        if kind == "a":
+            fits = made == capability
+        else:
+            fits = made <= capability and (kind == "" or made[0] == capability[0])
+        found += [made] if fits else []
+    return max(found, default=None)
+
+
+@constant
+def _device_reason() -> str | None:
+    """Why the compiled kernels do not run on the device at hand, or None."""
+    assert native.C is not None
+    made: str = native.C.cuda_architectures
+    if not torch.cuda.is_available() or runs_as(made, torch.cuda.get_device_capability()):
+        return None
+    return f"compiled for compute capabilities {made}, the device's is {torch.cuda.get_device_capability()}"
+
+
 def _device(x: Tensor) -> tuple[bool, int]:
-    """Whether thread blocks form clusters there, and the stream."""
-    clusters = torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return clusters, torch.cuda.current_stream(x.device).cuda_stream
+    """Whether thread blocks form clusters there, and the stream. Not the device alone decides: code made for
+    one without clusters has none on a newer one."""
+    assert native.C is not None
+    made = runs_as(native.C.cuda_architectures, torch.cuda.get_device_capability(x.device))
+    return made is not None and made >= (9, 0), torch.cuda.current_stream(x.device).cuda_stream
 
 
 def _new(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -12,6 +12,8 @@ vectors of a thread, no instruction is left of them (1152 columns cost a warp 12
 Table gradients are sums over the tokens of a block. A program sums a slice of one block's rows in registers,
 a second kernel the slices, in fixed order. There are no atomics, and the number of slices depends on the
 shape alone: two runs agree bitwise.
+
+Where blocks are equal, arithmetic tells which rows a program has. Where they are not, a list does (`_cut`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -54,21 +57,26 @@ def supports(*tensors: Tensor) -> str | None:
 
 
 # Kernels. Strides are in elements: x_b and x_t of x's samples and tokens, gate_b and gate_s of the gate's
-# samples and blocks. Outputs, statistics and sums are contiguous.
+# samples and blocks. Outputs, statistics and sums are contiguous. `chunks` and `slices` are the programs of a
+# block, or of a sample where blocks are unequal (not UNIFORM) and p_parts says which rows each has.
 
 
 @triton.jit(do_not_specialize=["blocks", "tokens", "length", "chunks", "rows"])
 def _forward_kernel(
-    p_x, p_branch, p_gate, p_shift, p_scale, p_residual, p_y, p_mean, p_rstd, p_bounds,
+    p_x, p_branch, p_gate, p_shift, p_scale, p_residual, p_y, p_mean, p_rstd, p_parts,
     x_b, x_t, branch_b, branch_t, gate_b, gate_s, shift_b, shift_s, scale_b, scale_s,
     blocks, tokens, length, chunks, rows, eps,
     GATE: tl.constexpr, NORM: tl.constexpr, UNIFORM: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """`rows` rows of a block: residual = x + gate * branch (GATE; else x) and y = adaLN(residual) (NORM)."""
+    """Some rows of a block: residual = x + gate * branch (GATE; else x) and y = adaLN(residual) (NORM)."""
     pid = tl.program_id(0)
-    block = pid // chunks % blocks
-    o_b, o_s = (pid // chunks // blocks).to(tl.int64), block.to(tl.int64)
+    if UNIFORM:
+        block, sample = pid // chunks % blocks, pid // chunks // blocks
+    else:
+        p_part = p_parts + pid % chunks * 4
+        block, sample = tl.load(p_part), pid // chunks
+    o_b, o_s = sample.to(tl.int64), block.to(tl.int64)
     o_d = tl.max_contiguous(tl.arange(0, COLUMNS), VECTOR)
     m_d = o_d < D
     p_x += o_b * x_b
@@ -79,11 +87,11 @@ def _forward_kernel(
         p_shift += o_b * shift_b + o_s * shift_s
         p_scale += o_b * scale_b + o_s * scale_s
     if UNIFORM:
-        start, stop = block * length, (block + 1) * length
+        start = block * length + pid % chunks * rows
+        stop, step = tl.minimum(start + rows, (block + 1) * length), 1
     else:
-        start, stop = tl.load(p_bounds + block), tl.load(p_bounds + block + 1)
-    start += pid % chunks * rows
-    for row in range(start, tl.minimum(start + rows, stop)):
+        start, stop, step = tl.load(p_part + 1), tl.load(p_part + 2), tl.load(p_part + 3)
+    for row in range(start, stop, step):
         o_t = tl.cast(row, tl.int64)
         o_row = o_b * tokens + o_t
         b_x = tl.load(p_x + o_t * x_t + o_d, m_d, 0.0).to(tl.float32)
@@ -112,17 +120,21 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["blocks", "tokens", "length", "slices"])
 def _backward_kernel(
     p_dy, p_dresidual, p_x, p_branch, p_gate, p_scale, p_mean, p_rstd,
-    p_dx, p_dbranch, p_dgate, p_dshift, p_dscale, p_bounds,
+    p_dx, p_dbranch, p_dgate, p_dshift, p_dscale, p_parts,
     dy_b, dy_t, dresidual_b, dresidual_t, x_b, x_t, branch_b, branch_t, gate_b, gate_s, scale_b, scale_s,
     blocks, tokens, length, slices,
     GATE: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, UNIFORM: tl.constexpr,
     D: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One slice of a block's rows: dx, the gradient through adaLN (NORM) plus dresidual (RESIDUAL), and
-    dbranch = gate * dx (GATE); their sums dgate, dshift and dscale, each (B * S * slices, D)."""
+    dbranch = gate * dx (GATE); their sums dgate, dshift and dscale, each (programs, D)."""
     pid = tl.program_id(0)
-    block = pid // slices % blocks
-    o_b, o_s = (pid // slices // blocks).to(tl.int64), block.to(tl.int64)
+    if UNIFORM:
+        block, sample = pid // slices % blocks, pid // slices // blocks
+    else:
+        p_part = p_parts + pid % slices * 4
+        block, sample = tl.load(p_part), pid // slices
+    o_b, o_s = sample.to(tl.int64), block.to(tl.int64)
     o_d = tl.max_contiguous(tl.arange(0, COLUMNS), VECTOR)
     m_d = o_d < D
     b_dgate = tl.zeros([COLUMNS], tl.float32)
@@ -138,11 +150,12 @@ def _backward_kernel(
     if RESIDUAL:
         p_dresidual += o_b * dresidual_b
     if UNIFORM:
-        start, stop = block * length, (block + 1) * length
+        start, stop, step = block * length, (block + 1) * length, slices
+        start += pid % slices
     else:
-        start, stop = tl.load(p_bounds + block), tl.load(p_bounds + block + 1)
+        start, stop, step = tl.load(p_part + 1), tl.load(p_part + 2), tl.load(p_part + 3)
     # Neighbouring programs read neighbouring rows. The next rows are fetched into shared memory meanwhile.
-    for row in tl.range(start + pid % slices, stop, slices, num_stages=STAGES):
+    for row in tl.range(start, stop, step, num_stages=STAGES):
         o_t = tl.cast(row, tl.int64)
         o_row = o_b * tokens + o_t
         if NORM:
@@ -176,33 +189,41 @@ def _backward_kernel(
 
 @triton.jit
 def _sum_slices(
-    table, p_slices, p_table, slices, D: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr
-):
+    table, p_slices, p_table, p_firsts, blocks, slices,
+    UNIFORM: tl.constexpr, D: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     if tl.program_id(1) == table:
         TILES: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
         pid = tl.program_id(0)
         segment = (pid // TILES).to(tl.int64)
         o_d = pid % TILES * COLUMNS + tl.arange(0, COLUMNS)
         m_d = o_d < D
+        if UNIFORM:
+            o_slices, count = segment * slices, slices
+        else:
+            p_first = p_firsts + pid // TILES % blocks
+            o_slices = (pid // TILES // blocks).to(tl.int64) * slices + tl.load(p_first)
+            count = tl.load(p_first + 1) - tl.load(p_first)
         b_sum = tl.zeros([SLICES, COLUMNS], tl.float32)
-        for first in range(0, slices, SLICES):
+        for first in range(0, count, SLICES):
             o_i = first + tl.arange(0, SLICES)
-            p_tile = p_slices + (segment * slices + o_i)[:, None] * D + o_d[None, :]
-            b_sum += tl.load(p_tile, (o_i < slices)[:, None] & m_d[None, :], 0.0)
+            p_tile = p_slices + (o_slices + o_i)[:, None] * D + o_d[None, :]
+            b_sum += tl.load(p_tile, (o_i < count)[:, None] & m_d[None, :], 0.0)
         tl.store(p_table + segment * D + o_d, tl.sum(b_sum, 0).to(p_table.dtype.element_ty), m_d)
 
 
-@triton.jit(do_not_specialize=["slices"])
+@triton.jit(do_not_specialize=["blocks", "slices"])
 def _finalize_kernel(
-    p_gate_slices, p_shift_slices, p_scale_slices, p_dgate, p_dshift, p_dscale, slices,
-    GATE: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr,
+    p_gate_slices, p_shift_slices, p_scale_slices, p_dgate, p_dshift, p_dscale, p_firsts, blocks, slices,
+    GATE: tl.constexpr, NORM: tl.constexpr, UNIFORM: tl.constexpr,
+    D: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One table's gradient (B * S, D) from float32 (B * S, slices, D), COLUMNS columns of one row."""
+    """One table's gradient (B * S, D) from the backward's float32 (programs, D), COLUMNS columns a row."""
     if GATE:
-        _sum_slices(0, p_gate_slices, p_dgate, slices, D, SLICES, COLUMNS)
+        _sum_slices(0, p_gate_slices, p_dgate, p_firsts, blocks, slices, UNIFORM, D, SLICES, COLUMNS)
     if NORM:
-        _sum_slices(1, p_shift_slices, p_dshift, slices, D, SLICES, COLUMNS)
-        _sum_slices(2, p_scale_slices, p_dscale, slices, D, SLICES, COLUMNS)
+        _sum_slices(1, p_shift_slices, p_dshift, p_firsts, blocks, slices, UNIFORM, D, SLICES, COLUMNS)
+        _sum_slices(2, p_scale_slices, p_dscale, p_firsts, blocks, slices, UNIFORM, D, SLICES, COLUMNS)
 
 
 # Launches
@@ -255,22 +276,50 @@ def _rows(samples: int, tokens: int) -> int:
     return min(max(samples * tokens // 4096, 1), 4)
 
 
-def _slices(segments: int, longest: int) -> int:
-    """Slices of each block in the backward, for `segments` blocks in all: from the shape alone, not the GPU.
+def _slices(segments: int, length: int) -> int:
+    """Slices of each of `segments` equal blocks in the backward: from the shape alone, not the GPU.
 
     About 1,024 programs, twice what an H200 holds at once (D = 1152: 4 on an SM). No slice is shorter than 8
     rows, to bound what writing and reading the sums adds (D = 1152, bfloat16, 8 rows: 28 KB to 110 KB), or
     longer than 256, to bound the rounding errors of float32 numbers added one after the other.
     """
-    wanted = min(-(-1024 // segments), -(-longest // 8))
-    return max(wanted, -(-longest // 256))
+    wanted = min(-(-1024 // segments), -(-length // 8))
+    return max(wanted, -(-length // 256))
 
 
-# Kept for good: a CUDA graph may read a table long after its last lookup here.
+def _slice_rows(samples: int, tokens: int) -> int:
+    """The most rows of a slice of unequal blocks: as `_slices`, about 1,024 programs of 8 to 256 rows each.
+
+    A power of two: all batch sizes together need six lists of a layout, which are kept for good.
+    """
+    return 1 << (min(max(samples * tokens // 1024, 8), 256).bit_length() - 1)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The rows of unequal blocks, dealt out so that every program has some. With as many programs for every
+    block as the longest needs, most have none: 73 % for VAR's blocks of 1 to 256 tokens, at 4 rows each."""
+
+    parts: Tensor
+    """int32 (programs of a sample, 4): block, first row, the block's last + 1 row, and the step between rows:
+    a block's programs take turns. With a run of rows each, they would take more registers (D = 1152,
+    bfloat16, backward: 168 instead of 128)."""
+    firsts: Tensor
+    """int32 (S + 1,): the first program of every block, and their number."""
+    count: int
+    """Programs of a sample."""
+
+
+# Kept for good: a CUDA graph may read a list long after its last lookup here.
 @functools.cache
-def _bounds(layout: BlockLayout, device: torch.device) -> Tensor | None:
-    """int32 (S + 1,): the first token of every block, and T. None for equal blocks: arithmetic tells."""
-    return None if layout.is_uniform else kept(layout.bounds, device)
+def _cut(layout: BlockLayout, rows: int, device: torch.device) -> _Cut:
+    """As few programs as there can be with at most `rows` rows each."""
+    parts, firsts = [], [0]
+    for block, (start, stop) in enumerate(pairwise(layout.bounds)):
+        step = -(-(stop - start) // rows)
+        parts += [(block, start + i, stop, step) for i in range(step)]
+        firsts.append(len(parts))
+    return _Cut(kept(parts, device), kept(firsts, device), len(parts))
 
 
 def _contiguous_rows(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -306,10 +355,15 @@ def _forward(
     inputs = _contiguous_rows(x, branch, gate, shift, scale)
     launch = _launch(width, _itemsize(x, branch, y))
     rows = _rows(samples, tokens)
-    chunks = -(-layout.longest // rows)
+    if layout.is_uniform:
+        parts, chunks = None, -(-layout.longest // rows)
+        programs = samples * layout.blocks * chunks
+    else:
+        cut = _cut(layout, rows, x.device)
+        parts, chunks, programs = cut.parts, cut.count, samples * cut.count
     with torch.cuda.device_of(x):
-        _forward_kernel[(samples * layout.blocks * chunks,)](
-            *inputs, residual, y, mean, rstd, _bounds(layout, x.device), *_strides(inputs),
+        _forward_kernel[(programs,)](
+            *inputs, residual, y, mean, rstd, parts, *_strides(inputs),
             layout.blocks, tokens, layout.lengths[0], chunks, rows, eps,
             GATE=gate is not None, NORM=scale is not None, UNIFORM=layout.is_uniform,
             D=width, COLUMNS=launch.columns, VECTOR=launch.vector, num_warps=launch.forward_warps,
@@ -332,23 +386,28 @@ def _backward(
     inputs = _contiguous_rows(dy, dresidual, x, branch, gate, scale)
     launch = _launch(width, _itemsize(dy, dresidual, x, branch))
     segments = samples * layout.blocks
-    slices = _slices(segments, layout.longest)
+    if layout.is_uniform:
+        parts, firsts, slices = None, None, _slices(segments, layout.longest)
+        programs = segments * slices
+    else:
+        cut = _cut(layout, _slice_rows(samples, tokens), like.device)
+        parts, firsts, slices, programs = cut.parts, cut.firsts, cut.count, samples * cut.count
     tables = sums = [dgate, dshift, dscale]
-    if slices > 1:
-        size = (segments, slices, width)
+    if programs > segments:
+        size = (programs, width)
         sums = [None if t is None else t.new_empty(size, dtype=torch.float32) for t in tables]
-    flags = {"GATE": gate is not None, "NORM": scale is not None, "D": width}
+    flags = {"GATE": gate is not None, "NORM": scale is not None, "UNIFORM": layout.is_uniform, "D": width}
     with torch.cuda.device_of(like):
-        _backward_kernel[(segments * slices,)](
-            *inputs, mean, rstd, dx, dbranch, *sums, _bounds(layout, like.device), *_strides(inputs),
+        _backward_kernel[(programs,)](
+            *inputs, mean, rstd, dx, dbranch, *sums, parts, *_strides(inputs),
             layout.blocks, tokens, layout.lengths[0], slices,
-            **flags, RESIDUAL=dresidual is not None, UNIFORM=layout.is_uniform,
+            **flags, RESIDUAL=dresidual is not None,
             COLUMNS=launch.columns, VECTOR=launch.vector, STAGES=launch.backward_stages,
             num_warps=launch.backward_warps,
         )  # fmt: skip
-        if slices > 1:
+        if programs > segments:
             _finalize_kernel[(segments * -(-width // _FINALIZE_COLUMNS), len(tables))](
-                *sums, *tables, slices, **flags,
+                *sums, *tables, firsts, layout.blocks, slices, **flags,
                 SLICES=_FINALIZE_SLICES, COLUMNS=_FINALIZE_COLUMNS, num_warps=_FINALIZE_WARPS,
             )  # fmt: skip
 
@@ -421,12 +480,13 @@ _XL = 1152
 def production_kernels(arch: int) -> Iterator[Production]:
     """The kernels as training launches them, with equal blocks, in bfloat16 and with the residual in float32
     as under autocast: the operator that does most at every width, at DiT-XL's also the others, float32
-    throughout, and unequal blocks. They are the same for every `arch`."""
+    throughout, and unequal blocks, which the widest has in float16. They are the same for every `arch`."""
     for width in _PRODUCTION_WIDTHS:
         yield from _productions(width, "bf16", "bf16", uniform=True)
         yield from _productions(width, "fp32", "bf16", uniform=True)
     yield from _productions(_XL, "fp32", "fp32", uniform=True)
     yield from _productions(_XL, "bf16", "bf16", uniform=False)
+    yield from _productions(_WIDEST, "fp16", "fp16", uniform=False)
 
 
 def _productions(width: int, residual: str, other: str, uniform: bool) -> Iterator[Production]:
@@ -440,8 +500,8 @@ def _productions(width: int, residual: str, other: str, uniform: bool) -> Iterat
     ):  # fmt: skip
         if width != _XL and not (gate and norm):
             continue
-        flags = {"GATE": gate, "NORM": norm, "D": width}
-        columns = {"UNIFORM": uniform, "COLUMNS": launch.columns, "VECTOR": launch.vector}
+        flags = {"GATE": gate, "NORM": norm, "UNIFORM": uniform, "D": width}
+        columns = {"COLUMNS": launch.columns, "VECTOR": launch.vector}
         yield _production(
             f"{operator} forward {suffix}", _forward_kernel, launch.forward_warps, {**flags, **columns},
             {
@@ -449,7 +509,7 @@ def _productions(width: int, residual: str, other: str, uniform: bool) -> Iterat
                 **({"p_branch": narrow, "p_gate": narrow, "p_residual": wide} if gate else {}),
                 **({"p_shift": narrow, "p_scale": narrow, "p_y": narrow} if norm else {}),
                 **({"p_mean": "*fp32", "p_rstd": "*fp32", "eps": "fp32"} if norm else {"eps": "fp32"}),
-                **({} if uniform else {"p_bounds": "*i32"}),
+                **({} if uniform else {"p_parts": "*i32"}),
             },
         )  # fmt: skip
         yield _production(
@@ -461,10 +521,10 @@ def _productions(width: int, residual: str, other: str, uniform: bool) -> Iterat
                 **({"p_dshift": "*fp32", "p_dscale": "*fp32"} if norm else {}),
                 **({"p_dresidual": wide, "p_branch": narrow, "p_gate": narrow} if gate else {}),
                 **({"p_dbranch": narrow, "p_dgate": "*fp32"} if gate else {}),
-                **({} if uniform else {"p_bounds": "*i32"}),
+                **({} if uniform else {"p_parts": "*i32"}),
             },
         )  # fmt: skip
-        if uniform and residual == other:
+        if residual == other:
             yield _production(
                 f"{operator} finalize {suffix}", _finalize_kernel, _FINALIZE_WARPS,
                 {**flags, "SLICES": _FINALIZE_SLICES, "COLUMNS": _FINALIZE_COLUMNS},
@@ -472,6 +532,7 @@ def _productions(width: int, residual: str, other: str, uniform: bool) -> Iterat
                     **({"p_gate_slices": "*fp32", "p_dgate": narrow} if gate else {}),
                     **({"p_shift_slices": "*fp32", "p_dshift": narrow} if norm else {}),
                     **({"p_scale_slices": "*fp32", "p_dscale": narrow} if norm else {}),
+                    **({} if uniform else {"p_firsts": "*i32"}),
                 },
             )  # fmt: skip
 

@@ -17,6 +17,7 @@ runs agree bitwise. Derivation: FlashAttention-2, arXiv 2307.08691, algorithms 1
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -339,10 +340,10 @@ def _dq_step(
         b_k1, b_v1 = _load(p_k, k_t, m_n, MASKED, BN, D0, D1, D), _load(p_v, v_t, m_n, MASKED, BN, D0, D1, D)
         b_s = _dot(b_q1, tl.trans(b_k1), b_s, UPCAST, PRECISION)
         b_dp = _dot(b_do1, tl.trans(b_v1), b_dp, UPCAST, PRECISION)
-    b_p = tl.math.exp2(b_s * factor - b_lse[:, None])
-    if MASKED:
-        b_p = tl.where(m_n[None, :], b_p, 0.0)
-    b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k0.dtype)
+    b_ds = tl.math.exp2(b_s * factor - b_lse[:, None]) * (b_dp - b_delta[:, None])
+    if MASKED:  # a missing key's row of zeros times infinity is NaN
+        b_ds = tl.where(m_n[None, :], b_ds, 0.0)
+    b_ds = b_ds.to(b_k0.dtype)
     b_dq0 = _dot(b_ds, b_k0, b_dq0, UPCAST, PRECISION)
     if D1 > 0:
         b_dq1 = _dot(b_ds, b_k1, b_dq1, UPCAST, PRECISION)
@@ -418,8 +419,7 @@ def _dkv_step(
     m_m = o_m < left
     b_q0, b_do0 = _load(p_q, q_t, m_m, MASKED, BM, 0, D0, D), _load(p_do, do_t, m_m, MASKED, BM, 0, D0, D)
     if MASKED:
-        # Rows that are not there get the probability exp2(-inf) = 0.
-        b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf")) * 1.4426950408889634
+        b_lse = tl.load(p_lse + o_m, mask=m_m, other=0.0) * 1.4426950408889634
         b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
     else:
         b_lse = tl.load(p_lse + o_m) * 1.4426950408889634
@@ -433,8 +433,11 @@ def _dkv_step(
         b_s = _dot(b_k1, tl.trans(b_q1), b_s, UPCAST, PRECISION)
         b_dp = _dot(b_v1, tl.trans(b_do1), b_dp, UPCAST, PRECISION)
     b_p = tl.math.exp2(b_s * factor - b_lse[None, :])
+    b_ds = b_p * (b_dp - b_delta[None, :])
+    if MASKED:  # a missing query's row of zeros times infinity is NaN
+        b_p, b_ds = tl.where(m_m[None, :], b_p, 0.0), tl.where(m_m[None, :], b_ds, 0.0)
     b_dv0 = _dot(b_p.to(b_do0.dtype), b_do0, b_dv0, UPCAST, PRECISION)
-    b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q0.dtype)
+    b_ds = b_ds.to(b_q0.dtype)
     b_dk0 = _dot(b_ds, b_q0, b_dk0, UPCAST, PRECISION)
     if D1 > 0:
         b_dv1 = _dot(b_p.to(b_do1.dtype), b_do1, b_dv1, UPCAST, PRECISION)
@@ -511,18 +514,27 @@ def _split(dim: int) -> tuple[int, int]:
     return (first, tail) if tail < first else (2 * first, 0)
 
 
-def launch(kernel: str, dim: int, wide: bool, whole: bool, major: int) -> Launch:
+def launch(
+    kernel: str, dim: int, wide: bool, whole: bool, major: int, ranges: int = 1, few: bool = False
+) -> Launch:
     """The launch of "forward", "dq" or "dkv" at a head dim, for float32 inputs (`wide`) or 16-bit ones, for
-    blocks that are multiples of the tiles (`whole`), on compute capability `major`.
+    blocks that are multiples of the tiles (`whole`), on compute capability `major`, where tiles have so many
+    ranges of keys, and for `few` tiles.
 
-    The largest tiles that compile without spills (`python -m ard_kernels compile-report`); not yet measured.
-    At head dim 72 in bfloat16 on sm_90: forward 127 registers, dq 149, dkv 246.
+    The largest tiles that compile without spills (`python -m ard_kernels compile-report`), the forward's of
+    `few` half as large; not yet measured. At head dim 72 in bfloat16 on sm_90: forward 127 registers, dq 149,
+    dkv 246.
     """
     columns = sum(_split(dim))
+    crowded = ranges == 2 and not whole  # four copies of the step: more registers
     if wide:  # TF32 operands fill the registers: at 128 columns 32 x 16 spills 640 bytes in dkv, 608 in dq
         return Launch(32, 16, 4, 1) if kernel == "forward" else Launch(16, 16, 8, 1)
-    if kernel == "forward" and columns <= 80:  # 147 registers if it may, 127 without spills
-        return Launch(128, 64, 8, 3, registers=128 if major == 9 else None)
+    if kernel == "forward" and few:
+        return Launch(64, 64 if not crowded or major > 8 else 32, 4, 2)
+    if kernel == "forward" and crowded and major == 8:
+        return Launch(128, 32, 8, 2)
+    if kernel == "forward" and columns <= 80:  # 147 registers if it may, 127 without spills; crowded 180
+        return Launch(128, 64, 8, 3, registers=128 if major == 9 and not crowded else None)
     if kernel == "forward":
         return Launch(128, 64, 8, 2)
     if major == 8 and (columns > 80 or not whole):  # mma.sync: step 32 spills 16 bytes in dq, 272 in dkv
@@ -543,13 +555,19 @@ def is_whole(layout: BlockLayout) -> bool:
     return all(length % _WHOLE == 0 for length in layout.runs[1::2])
 
 
-def _launch(kernel: str, q: Tensor, layout: BlockLayout) -> Launch:
+def _launch(kernel: str, q: Tensor, layout: BlockLayout, mask: Mask) -> Launch:
     dim, wide, whole = q.shape[-1], q.dtype == torch.float32, is_whole(layout)
+    ranges = 2 if mask == "anchor" and layout.blocks > 2 else 1
+    # A batch of one has 32 tiles of 128 rows at 16 heads of 256 tokens, an H200 132 multiprocessors.
+    few = 2 * q.shape[0] * q.shape[2] * -(-q.shape[1] // 128) <= _FILL
+    one = functools.partial(launch, kernel, dim, wide, whole, ranges=ranges, few=few)
     if q.device.type != "cuda":
-        return launch(kernel, dim, wide, whole, major=9)
-    measured = None if wide else tuned(torch.cuda.get_device_name(q.device), key(kernel, dim, whole))
+        return one(major=9)
+    measured = None
+    if not wide and not (few and kernel == "forward") and (whole or ranges == 1):  # what `tune` measures
+        measured = tuned(torch.cuda.get_device_name(q.device), key(kernel, dim, whole))
     major, _ = torch.cuda.get_device_capability(q.device)
-    return measured or launch(kernel, dim, wide, whole, major)
+    return measured or one(major=major)
 
 
 def _common(q: Tensor) -> dict[str, Any]:
@@ -587,7 +605,7 @@ def attention_forward(
         return out, lse
     q, scale = _positive(q, scale)
     q, k, v = _loadable(q), _loadable(k), _loadable(v)
-    at = _launch("forward", q, layout)
+    at = _launch("forward", q, layout, mask)
     parts = _parts(layout, mask, block, batch * heads * -(-queries // at.rows), at.step)
     tiles = _query_tiles(layout, mask, block, at.rows, at.step, parts, q.device)
     part_out, part_lse = out, lse
@@ -638,7 +656,7 @@ def attention_backward(
     q, k, v, out, dout = (_loadable(x) for x in (q, k, v, out, dout))
     delta = torch.empty_like(lse)
     with torch.cuda.device_of(q):
-        at = _launch("dq", q, layout)
+        at = _launch("dq", q, layout, mask)
         tiles = _query_tiles(layout, mask, block, at.rows, at.step, 1, q.device)
         _dq_kernel[(tiles.count * batch * heads,)](
             q, k, v, out, dout, lse, dq, delta, tiles.table,
@@ -648,7 +666,7 @@ def attention_backward(
             WHOLE_ROWS=tiles.whole_rows, WHOLE_RANGES=tiles.whole_ranges,
             **at.options,
         )  # fmt: skip
-        at = _launch("dkv", q, layout)
+        at = _launch("dkv", q, layout, mask)
         tiles = _key_tiles(layout, mask, block, at.rows, at.step, q.device)
         _dkv_kernel[(tiles.count * batch * heads,)](
             q, k, v, dout, lse, delta, dk, dv, tiles.table,
@@ -716,10 +734,14 @@ def production_kernels(arch: int) -> Iterator[Production]:
         one = functools.partial(launch, kernel, major=arch // 10)
         for dim in (32, 64, 72, 96, 128):
             yield production(kernel, dim, torch.bfloat16, one(dim, wide=False, whole=True))
-        for dim in (64, 72, 128):
-            yield production(kernel, dim, torch.bfloat16, one(dim, wide=False, whole=False), whole=False)
+        for dim, whole in itertools.product((64, 72, 128), (True, False)):
+            make = functools.partial(production, kernel, dim, torch.bfloat16, whole=whole)
+            if not whole:
+                yield make(one(dim, wide=False, whole=whole))
             if kernel != "dkv":  # a key is seen by one range of queries
-                yield production(kernel, dim, torch.bfloat16, one(dim, wide=False, whole=True), ranges=2)
+                yield make(one(dim, wide=False, whole=whole, ranges=2), ranges=2)
+            if kernel == "forward":
+                yield make(one(dim, wide=False, whole=whole, few=True))
         yield production(kernel, 72, torch.float16, one(72, wide=False, whole=True))
         for dim in (64, 72, 128):
             yield production(kernel, dim, torch.float32, one(dim, wide=True, whole=False), whole=False)

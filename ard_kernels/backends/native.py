@@ -27,12 +27,13 @@ def _load() -> tuple[ModuleType | None, str]:
         )
         return None, f"no compiled kernels: {why}"
     name = os.environ.get(_ENVIRONMENT)
-    if name is not None:
+    if name:
         if name not in module.instruction_sets():
             raise ValueError(f"environment variable {_ENVIRONMENT} is {name!r}, accepted here are "
                              f"{', '.join(module.instruction_sets())}")  # fmt: skip
         module.use_instruction_set(name)
-    cuda = f"none: {module.no_cuda}" if hasattr(module, "no_cuda") else "adaLN"
+    absent = hasattr(module, "no_cuda")
+    cuda = f"none: {module.no_cuda}" if absent else f"adaLN, compute capabilities {module.cuda_architectures}"
     return module, f"compiled kernels for CPU ({module.instruction_set()}) and for CUDA ({cuda})"
 
 

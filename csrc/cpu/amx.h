@@ -125,8 +125,9 @@ struct Amx : Pair {
 template <>
 void product<Amx>(
     float* c, std::int64_t ldc, const std::uint32_t* a, std::int64_t lda, std::int64_t, const std::uint32_t* b,
-    std::int64_t ldb, std::int64_t depth, std::int64_t rows, std::int64_t vectors, bool add, Ahead& ahead) {
+    std::int64_t ldb, std::int64_t depth, std::int64_t rows, std::int64_t width, bool add, Ahead& ahead) {
     using amx::SIDE;
+    const std::int64_t vectors = (width + W - 1) / W;
     for (std::int64_t m = 0; m < rows; m += 2 * SIDE)
         for (std::int64_t v = 0; v < vectors; v += 2) {
             ahead.step();

@@ -180,19 +180,17 @@ static void forward_unit(
     bool started = false;
     for (const Tile& key : keys) {
         if (!sees(a.mask, tile.block, key.block)) continue;
-        const std::int64_t vectors = (key.rows + W - 1) / W;
         const Keys there(key.rows);
         right_transposed(k, KEYS, wide_words, at<const T>(a.k, b, key.first, h), a.k.token, key.rows, a.dim);
         right(v, wide_dim, at<const T>(a.v, b, key.first, h), a.v.token, key.rows, a.dim);
         for (std::int64_t g = 0; g < n; g += GROUP) {
             const std::int64_t rows = n - g < GROUP ? n - g : GROUP;
-            product<M>(scores, KEYS, q + g * wide_words, wide_words, 1, k, KEYS, words, rows, vectors, false,
-                       ahead);
+            product<M>(scores, KEYS, q + g * wide_words, wide_words, 1, k, KEYS, words, rows, key.rows, false, ahead);
             const Rows so_far{top + g, total + g * W, out + g * wide_dim, wide_dim, started};
             key.rows == KEYS ? weigh<true>(kept, scores, rows, factor, there, so_far)
                              : weigh<false>(kept, scores, rows, factor, there, so_far);
             product<M>(out + g * wide_dim, wide_dim, kept, KEYS / M::K, 1, v, wide_dim, (key.rows + M::K - 1) / M::K,
-                       rows, wide_dim / W, started, ahead);
+                       rows, a.dim, started, ahead);
         }
         started = true;
     }
@@ -385,7 +383,6 @@ static void backward_unit(
     }
     const float factor = a.scale * LOG2E;
     for (const Tile& key : keys) {
-        const std::int64_t vectors = (key.rows + W - 1) / W;
         const T *k = at<const T>(a.k, b, key.first, h), *v = at<const T>(a.v, b, key.first, h);
         const Keys there(key.rows);
         bool started = false;
@@ -396,20 +393,20 @@ static void backward_unit(
                 right_transposed(v_transposed, KEYS, wide_words, v, a.v.token, key.rows, a.dim);
                 right(k_right, wide_dim, k, a.k.token, key.rows, a.dim);
             }
-            const std::int64_t n = rows[c].rows, depth = (n + M::K - 1) / M::K, columns = wide_dim / W;
-            product<M>(scores, KEYS, q_left + c * left_size, wide_words, 1, k_transposed, KEYS, words, n, vectors,
+            const std::int64_t n = rows[c].rows, depth = (n + M::K - 1) / M::K;
+            product<M>(scores, KEYS, q_left + c * left_size, wide_words, 1, k_transposed, KEYS, words, n, key.rows,
                        false, ahead);
-            product<M>(gradients, KEYS, do_left + c * left_size, wide_words, 1, v_transposed, KEYS, words, n, vectors,
+            product<M>(gradients, KEYS, do_left + c * left_size, wide_words, 1, v_transposed, KEYS, words, n, key.rows,
                        false, ahead);
             const float *l = lse + c * QUERIES, *d = delta + c * QUERIES;
             key.rows == KEYS ? differentiate<true>(factors, scores, gradients, n, factor, l, d, there)
                              : differentiate<false>(factors, scores, gradients, n, factor, l, d, there);
             product<M>(dv, wide_dim, factors.weights, factors.row, factors.depth, do_right + c * right_size, wide_dim,
-                       depth, key.rows, columns, started, ahead);
+                       depth, key.rows, a.dim, started, ahead);
             product<M>(dk, wide_dim, factors.over_queries, factors.row, factors.depth, q_right + c * right_size,
-                       wide_dim, depth, key.rows, columns, started, ahead);
+                       wide_dim, depth, key.rows, a.dim, started, ahead);
             product<M>(dq + c * QUERIES * wide_dim, wide_dim, factors.over_keys, KEYS / M::K, 1, k_right, wide_dim,
-                       (key.rows + M::K - 1) / M::K, n, columns, true, ahead);
+                       (key.rows + M::K - 1) / M::K, n, a.dim, true, ahead);
             started = true;
         }
         if (!started) {

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <exception>
 #include <new>
 
 namespace ard {
@@ -30,9 +31,16 @@ struct Region {
     void* context;
     std::int64_t units;
     std::atomic<std::int64_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;  // the first one, for the caller: OpenMP cannot be unwound
 
-    void work() {
-        for (std::int64_t unit; (unit = next.fetch_add(1)) < units;) body(context, unit);
+    void work() noexcept {
+        try {
+            for (std::int64_t unit; (unit = next.fetch_add(1)) < units;) body(context, unit);
+        } catch (...) {
+            if (!failed.exchange(true)) error = std::current_exception();
+            next = units;
+        }
     }
 };
 
@@ -44,15 +52,15 @@ struct Memory {
 
 }  // namespace
 
-bool threaded() { return gomp() != nullptr; }
+bool threaded() { return gomp() != nullptr && !forked; }
 
 void parallel(int threads, std::int64_t units, void (*body)(void*, std::int64_t), void* context) {
     Region region{body, context, units};
-    const std::int64_t most = units < threads ? units : threads;
-    if (most < 2 || forked || gomp() == nullptr)
+    if (units < 2 || threads < 2 || !threaded())
         region.work();
-    else
-        gomp()([](void* r) { static_cast<Region*>(r)->work(); }, &region, static_cast<unsigned>(most), 0);
+    else  // on all of PyTorch's threads, though some find no unit: a smaller team ends the others, and all they keep
+        gomp()([](void* r) { static_cast<Region*>(r)->work(); }, &region, static_cast<unsigned>(threads), 0);
+    if (region.error) std::rethrow_exception(region.error);
 }
 
 void* scratch(std::int64_t bytes) {

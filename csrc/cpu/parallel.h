@@ -5,7 +5,8 @@
 
 namespace ard {
 
-// Calls body(context, unit) for every unit in [0, units), on up to `threads` threads, whichever is free.
+// Calls body(context, unit) for every unit in [0, units), on up to `threads` threads, whichever is free. What a call
+// throws ends the work and reaches the caller.
 void parallel(int threads, std::int64_t units, void (*body)(void*, std::int64_t), void* context);
 
 template <class Body>
@@ -19,7 +20,7 @@ void parallel(int threads, std::int64_t units, const Body& body) {
 // call may move the first.
 void* scratch(std::int64_t bytes);
 
-// Whether the OpenMP library of the process was found. If not, work runs on the calling thread.
+// Whether work runs on several threads: the process has an OpenMP library, and is not forked.
 bool threaded();
 
 }  // namespace ard

@@ -24,12 +24,17 @@ struct Ahead {
     }
 };
 
+// Half a vector: head dim 72 takes 4 and a half, which a processor that computes vectors in halves does in less time
+// than 5.
+typedef float hf __attribute__((vector_size(W * 2)));
+
 struct Single {
     typedef float word;
     struct Session {};                 // held while a thread computes
     static constexpr int K = 1;        // summed elements of a word
     static constexpr int GROUP = 48;   // rows at a time in the forward: whole vectors, and rows_at_once of most widths
-    static inline vf add_product(vf c, const float* a, vf b) { return c + *a * b; }
+    template <class V>
+    static inline V add_product(V c, const float* a, V b) { return c + *a * b; }
 };
 
 #ifdef __AVX512BF16__
@@ -41,6 +46,10 @@ struct Pair {
     static inline vf add_product(vf c, const std::uint32_t* a, vf b) {
         return bits<vf>(
             _mm512_dpbf16_ps(bits<__m512>(c), bits<__m512bh>(_mm512_set1_epi32(*a)), bits<__m512bh>(b)));
+    }
+    static inline hf add_product(hf c, const std::uint32_t* a, hf b) {
+        return bits<hf>(
+            _mm256_dpbf16_ps(bits<__m256>(c), bits<__m256bh>(_mm256_set1_epi32(*a)), bits<__m256bh>(b)));
     }
 };
 
@@ -73,30 +82,42 @@ static inline __m512i paired(__m512i one, __m512i other) {
 static inline __m512i paired(__m512i both) { return paired<0>(both, _mm512_alignr_epi64(both, both, 4)); }
 #endif
 
-// c (rows, NV vectors) = or += a b: a (rows, depth) with any strides, b (depth, NV vectors) with rows `ldb` apart.
-template <class M, int MR, int NV>
+// c (rows, NV vectors, the last one a half if HALF) = or += a b: a (rows, depth) with any strides, b (depth, as many)
+// with rows `ldb` apart.
+template <class M, int MR, int NV, bool HALF>
 static inline void product_tile(
     float* c, std::int64_t ldc, const typename M::word* a, std::int64_t row_a, std::int64_t depth_a,
     const typename M::word* b, std::int64_t ldb, std::int64_t depth, bool add) {
+    constexpr int WHOLE = NV - HALF;
     vf sums[MR][NV];
+    hf ends[MR];
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; m++)
+    for (int m = 0; m < MR; m++) {
 #pragma GCC unroll 16
-        for (int i = 0; i < NV; i++) sums[m][i] = add ? load(c + m * ldc + i * W) : vf{};
+        for (int i = 0; i < WHOLE; i++) sums[m][i] = add ? load(c + m * ldc + i * W) : vf{};
+        ends[m] = hf{};
+        if (HALF && add) std::memcpy(&ends[m], c + m * ldc + WHOLE * W, sizeof(hf));
+    }
     for (std::int64_t k = 0; k < depth; k++) {
         vf row[NV];
+        hf end{};
 #pragma GCC unroll 16
-        for (int i = 0; i < NV; i++) std::memcpy(&row[i], b + k * ldb + i * W, sizeof(vf));
+        for (int i = 0; i < WHOLE; i++) std::memcpy(&row[i], b + k * ldb + i * W, sizeof(vf));
+        if (HALF) std::memcpy(&end, b + k * ldb + WHOLE * W, sizeof(hf));
 #pragma GCC unroll 16
-        for (int m = 0; m < MR; m++)
+        for (int m = 0; m < MR; m++) {
+            const auto* const factor = a + m * row_a + k * depth_a;
 #pragma GCC unroll 16
-            for (int i = 0; i < NV; i++)
-                sums[m][i] = M::add_product(sums[m][i], a + m * row_a + k * depth_a, row[i]);
+            for (int i = 0; i < WHOLE; i++) sums[m][i] = M::add_product(sums[m][i], factor, row[i]);
+            if (HALF) ends[m] = M::add_product(ends[m], factor, end);
+        }
     }
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; m++)
+    for (int m = 0; m < MR; m++) {
 #pragma GCC unroll 16
-        for (int i = 0; i < NV; i++) store(c + m * ldc + i * W, sums[m][i]);
+        for (int i = 0; i < WHOLE; i++) store(c + m * ldc + i * W, sums[m][i]);
+        if (HALF) std::memcpy(c + m * ldc + WHOLE * W, &ends[m], sizeof(hf));
+    }
 }
 
 // Rows worked on at once, so that their sums, a row of b and a broadcast fit the registers, and enough sums are under
@@ -108,7 +129,7 @@ constexpr int rows_at_once(int vectors) {
 
 constexpr int MOST_VECTORS = WIDE_FILE ? 5 : 3;
 
-template <class M, int NV>
+template <class M, int NV, bool HALF>
 static void product_rows(
     float* c, std::int64_t ldc, const typename M::word* a, std::int64_t row_a, std::int64_t depth_a,
     const typename M::word* b, std::int64_t ldb, std::int64_t depth, std::int64_t rows, bool add, Ahead& ahead) {
@@ -116,35 +137,42 @@ static void product_rows(
     std::int64_t m = 0;
     for (; m + MR <= rows; m += MR) {
         ahead.step();
-        product_tile<M, MR, NV>(c + m * ldc, ldc, a + m * row_a, row_a, depth_a, b, ldb, depth, add);
+        product_tile<M, MR, NV, HALF>(c + m * ldc, ldc, a + m * row_a, row_a, depth_a, b, ldb, depth, add);
     }
     for (; MR > 4 && m + 4 <= rows; m += 4)
-        product_tile<M, 4, NV>(c + m * ldc, ldc, a + m * row_a, row_a, depth_a, b, ldb, depth, add);
+        product_tile<M, 4, NV, HALF>(c + m * ldc, ldc, a + m * row_a, row_a, depth_a, b, ldb, depth, add);
     for (; m + 2 <= rows; m += 2)
-        product_tile<M, 2, NV>(c + m * ldc, ldc, a + m * row_a, row_a, depth_a, b, ldb, depth, add);
+        product_tile<M, 2, NV, HALF>(c + m * ldc, ldc, a + m * row_a, row_a, depth_a, b, ldb, depth, add);
     if (m < rows)
-        product_tile<M, 1, NV>(c + m * ldc, ldc, a + m * row_a, row_a, depth_a, b, ldb, depth, add);
+        product_tile<M, 1, NV, HALF>(c + m * ldc, ldc, a + m * row_a, row_a, depth_a, b, ldb, depth, add);
 }
 
-// c (rows, vectors * W) = or += a b.
+template <class M, bool HALF, class... Arguments>
+static inline void product_of(std::int64_t vectors, Arguments&&... rest) {
+    switch (vectors) {
+        case 1: product_rows<M, 1, HALF>(rest...); break;
+        case 2: product_rows<M, 2, HALF>(rest...); break;
+        case 3: product_rows<M, 3, HALF>(rest...); break;
+#if defined(__AVX512F__)
+        case 4: product_rows<M, 4, HALF>(rest...); break;
+        case 5: product_rows<M, 5, HALF>(rest...); break;
+#endif
+    }
+}
+
+// c (rows, width) = or += a b. Up to the next whole vector c may be written, and b must be there.
 template <class M>
 static void product(
     float* c, std::int64_t ldc, const typename M::word* a, std::int64_t row_a, std::int64_t depth_a,
-    const typename M::word* b, std::int64_t ldb, std::int64_t depth, std::int64_t rows, std::int64_t vectors,
+    const typename M::word* b, std::int64_t ldb, std::int64_t depth, std::int64_t rows, std::int64_t width,
     bool add, Ahead& ahead) {
+    std::int64_t vectors = (width + W - 1) / W;
+    const bool half = W == 16 && vectors * W - width >= W / 2;
     // In parts of about the same width.
     for (std::int64_t parts = (vectors + MOST_VECTORS - 1) / MOST_VECTORS; parts > 0; parts--) {
         const std::int64_t now = (vectors + parts - 1) / parts;
-        const auto call = [&](auto f) { f(c, ldc, a, row_a, depth_a, b, ldb, depth, rows, add, ahead); };
-        switch (now) {
-            case 1: call(product_rows<M, 1>); break;
-            case 2: call(product_rows<M, 2>); break;
-            case 3: call(product_rows<M, 3>); break;
-#if defined(__AVX512F__)
-            case 4: call(product_rows<M, 4>); break;
-            case 5: call(product_rows<M, 5>); break;
-#endif
-        }
+        if (half && parts == 1) product_of<M, W == 16>(now, c, ldc, a, row_a, depth_a, b, ldb, depth, rows, add, ahead);
+        else product_of<M, false>(now, c, ldc, a, row_a, depth_a, b, ldb, depth, rows, add, ahead);
         c += now * W, b += now * W, vectors -= now;
     }
 }

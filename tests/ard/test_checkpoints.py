@@ -15,6 +15,7 @@ from ard.checkpoints import (
     load_student,
     load_teacher,
     load_weights,
+    read_json,
     read_tensors,
     replacing,
     save_teacher,
@@ -167,9 +168,9 @@ def test_a_teacher_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, teacher: Path, student: Path) -> None:
-    with pytest.raises(ValueError, match="holds a DiT, wanted is a ARDTransformer"):
+    with pytest.raises(ValueError, match="holds a DiT, wanted is an ARDTransformer"):
         load_student(teacher)
-    with pytest.raises(ValueError, match="holds a ARDTransformer, wanted is a DiT"):
+    with pytest.raises(ValueError, match="holds an ARDTransformer, wanted is a DiT"):
         load_teacher(student)
     with pytest.raises(FileNotFoundError, match=r"no config\.json there"):
         load_teacher(tmp_path)
@@ -181,6 +182,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, teacher: Path, st
         write_json(tmp_path / "config.json", description)
         with pytest.raises(ValueError, match=r"config\.json: does not describe a DiT"):
             load_teacher(tmp_path)
-    write_json(tmp_path / "config.json", [1])
-    with pytest.raises(ValueError, match="holds a None, wanted is a DiT"):
-        load_teacher(tmp_path)
+    for nothing in ([1], {}, {"class": ["DiT"]}, {"class": ""}):
+        write_json(tmp_path / "config.json", nothing)
+        with pytest.raises(ValueError, match="holds no model, wanted is a DiT"):
+            load_teacher(tmp_path)
+    write_json(tmp_path / "config.json", {**read_json(student / "config.json"), "trajectories": ["x0"]})
+    with pytest.raises(ValueError, match=r"config\.json: does not describe an ARDTransformer"):
+        load_student(tmp_path)

@@ -161,7 +161,7 @@ _BAD: dict[str, tuple[Callable[[Place], object], str, str, set[str]]] = {
         _nothing, f"{_DISTILL} --steps 2 --grid 25 0", "accepted are 3", set()),
     "distill, grid that was not kept": (
         _nothing, f"{_DISTILL} --steps 2 --grid 25 11 0", r"positions \[11\] were not kept", set()),
-    "distill, S that does not divide": (_nothing, f"{_DISTILL} --steps 7", "accepted are 8", set()),
+    "distill, S that does not divide": (_nothing, f"{_DISTILL} --steps 7", r"accepted are 1\.\.5", set()),
     "distill, S of nothing": (_nothing, f"{_DISTILL} --steps 0", "steps is 0, accepted", set()),
     "distill, N deeper than the model": (
         _nothing, _DISTILL.replace("layers 2", "layers 3"), r"history_layers is 3, accepted are 0\.\.2",
@@ -191,7 +191,7 @@ _BAD: dict[str, tuple[Callable[[Place], object], str, str, set[str]]] = {
         {"run.json"}),
     "sample, no student": (lambda p: shutil.rmtree(p.student), _SAMPLE, "no config.json there", set()),
     "sample, a teacher for a student": (
-        _nothing, _SAMPLE.replace("STUDENT", "TEACHER"), "holds a DiT, wanted is a ARDTransformer", set()),
+        _nothing, _SAMPLE.replace("STUDENT", "TEACHER"), "holds a DiT, wanted is an ARDTransformer", set()),
     "sample, wrong-shape student": (
         lambda p: _wrong_shape(p.student), _SAMPLE, "does not fit the model", set()),
     "sample, label too large": (
@@ -220,6 +220,15 @@ _BAD: dict[str, tuple[Callable[[Place], object], str, str, set[str]]] = {
     "evaluate, a reference in other features": (
         lambda p: Statistics.of(torch.randn(9, 3), 9).save(p.folder / "other.safetensors", "?"),
         f"{_EVALUATE} --reference other.safetensors", "makes 64 features, the reference has 3", set()),
+    "evaluate, a manifest without the positions": (
+        lambda p: _edit(p.store / "manifest.json", lambda m: m.pop("kept")), _EVALUATE,
+        r"manifest.json: does not describe a folder of `ard record` \(no 'kept'\)", set()),
+    "evaluate, a classifier of something else": (
+        lambda p: (p.folder / "config.json").write_text("[]"), f"{_EVALUATE} --classifier .",
+        r"config.json: holds no model, wanted is a Classifier", set()),
+    "distill, a run of something else": (
+        lambda p: (p.student / "run.json").write_text("[]"), _DISTILL.replace("OUT", "STUDENT"),
+        "run.json: does not describe a run", set()),
     "diagnose, a store of another length": (
         lambda p: _edit(p.store / "manifest.json", lambda m: m.update(solver_steps=50)), _DIAGNOSE,
         "solver_steps is 50, the student's is 25", set()),
@@ -265,7 +274,10 @@ _BAD: dict[str, tuple[Callable[[Place], object], str, str, set[str]]] = {
     "train-classifier, damaged data": (
         _idx_folder, "train-classifier --out OUT --data FILE", "not a complete gzip file", set()),
     "statistics, no data": (
-        _nothing, "statistics --out OUT --data FILE", "no such file; Fashion-MNIST", set()),
+        _nothing, "statistics --out x.safetensors --data FILE", "no such file; Fashion-MNIST", set()),
+    "statistics, a name that evaluate would not read": (
+        _nothing, "statistics --out OUT --dataset digits", "OUT, accepted is the name of a .safetensors file",
+        set()),
     "flops, unknown model": (
         _nothing, "flops --model DiT-M/3 --out OUT", "model is 'DiT-M/3', accepted are", set()),
     "flops, N deeper than the model": (
@@ -284,6 +296,12 @@ _BAD: dict[str, tuple[Callable[[Place], object], str, str, set[str]]] = {
     "convert, another architecture": (
         lambda p: torch.save({"pos_embed": torch.zeros(1, 16, 384)}, p.folder / "FILE"),
         "convert --weights FILE --out OUT --preset DiT-S/8", "does not fit the model: missing", set()),
+    "convert, an option for what is in the folder": (
+        _nothing, "convert --weights TEACHER --out OUT --prediction x0",
+        "prediction is x0, but .*TEACHER describes itself", set()),
+    "convert, a file in the way": (
+        lambda p: p.out.write_text("x"), "convert --weights TEACHER --out OUT", "OUT is in the way; remove",
+        {""}),
     "convert, unknown preset": (
         lambda p: torch.save({}, p.folder / "FILE"), "convert --weights FILE --out OUT --preset DiT-M/3",
         "DiT-M/3", set()),

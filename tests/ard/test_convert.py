@@ -374,7 +374,7 @@ def test_released_weights_that_do_not_fit_are_listed_by_their_names(tmp_path: Pa
      ("activation_fn", "geglu", "activation_fn is 'geglu'"),
      ("attention_bias", False, "attention_bias is False"), ("norm_eps", 1e-3, r"norm_eps is 0\.001"),
      ("out_channels", 5, "out_channels is 5, accepted are in_channels"),
-     ("sample_size", None, "does not describe a teacher"), ("num_layers", "x", "does not describe a teacher"),
+     ("sample_size", None, "input_size is None, accepted is"), ("num_layers", "x", "depth is 'x', accepted"),
      ("num_layers", 2, r"unexpected transformer_blocks\.2\.")],
 )  # fmt: skip
 def test_a_diffusers_config_that_our_dit_cannot_be_is_refused(
@@ -416,8 +416,10 @@ def test_metadata_that_describes_nothing_is_refused(tmp_path: Path, ours: str) -
 
 
 @pytest.mark.parametrize(
-    "ours", [3, "{", "[]", "{}", json.dumps({"config": {"teacher": TINY, "x": 1}, "trajectories": {}})]
-)
+    "ours",
+    [3, "{", "[]", "{}", '{"config": {}, "trajectories": 3}',
+     json.dumps({"config": {"teacher": TINY, "x": 1}, "trajectories": {}})],
+)  # fmt: skip
 def test_arguments_that_describe_nothing_are_refused(tmp_path: Path, ours: Any) -> None:
     torch.save({"model": {}, "args": {"ard": ours}}, tmp_path / "r.pt")
     with pytest.raises(ValueError, match=r"r\.pt: does not describe a student"):
@@ -431,7 +433,7 @@ def test_a_folder_of_nothing_is_refused(tmp_path: Path, student: Path, teacher: 
     with pytest.raises(FileNotFoundError, match=r"no diffusion_pytorch_model\.safetensors or"):
         convert(ConvertConfig(tmp_path / "d", tmp_path / "out"))
     torch.save({}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="holds a ARDTransformer, wanted is a DiT"):
+    with pytest.raises(ValueError, match="holds an ARDTransformer, wanted is a DiT"):
         convert(ConvertConfig(tmp_path / "x.pt", tmp_path / "out", teacher=student))
 
 
@@ -455,7 +457,57 @@ def test_what_is_not_a_conversion_is_not_replaced(
     if to != "released":
         with pytest.raises(ValueError, match="out is elsewhere, which holds thesis"):
             convert(ConvertConfig(Path("models/DiT.pt"), Path("elsewhere"), to, teacher=teacher))
+    for name in ("elsewhere/thesis.txt", "elsewhere/thesis.txt/within"):
+        refused = "the name of a .pt file" if to == "released" else "elsewhere/thesis.txt is in the way"
+        with pytest.raises(ValueError, match=f"^convert: out is {name}, .*{refused}"):
+            convert(ConvertConfig(Path("models/DiT.pt"), Path(name), to, teacher=teacher))
     assert _tree(tmp_path) == {**before, tmp_path / "elsewhere" / "thesis.txt": b"years of work"}
+
+
+def test_a_file_is_written_where_nothing_is_and_can_be_read(tmp_path: Path, teacher: Path) -> None:
+    file, folder = tmp_path / "there.pt", tmp_path / "folder.pt"
+    file.write_text("years of work")
+    folder.mkdir()
+    for out in (file, folder, file / "within.pt"):
+        message = f"out is {out}, but {folder if out == folder else file} is in the way; remove it, or name"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            convert(ConvertConfig(teacher, out, to="released"))
+    for name in ("x", "x.safetensors", "x.pt.txt"):
+        with pytest.raises(ValueError, match=f"{name}, accepted with --to released is the name of a .pt"):
+            convert(ConvertConfig(teacher, tmp_path / name, to="released"))
+    assert _tree(tmp_path) == {file: b"years of work"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "message"),
+    [("teacher", {"prediction": "x0", "noise_schedule": "cosine", "teacher": Path("nowhere")},
+      "noise_schedule is cosine, prediction is x0, teacher is nowhere, but teacher describes itself; leave"),
+     ("teacher", {"time_frequencies": "diffusers"}, "time_frequencies is diffusers, but teacher describes"),
+     ("student", {"history_layers": 3, "layout": "dit", "preset": "DiT-S/2"},
+      "preset is DiT-S/2, layout is dit, history_layers is 3, but student describes itself"),
+     ("student.pt", {"layout": "dit"}, r"layout is dit, but student\.pt holds a student and describes it"),
+     ("diffusers", {"input_size": 8, "teacher": Path("teacher")},
+      "input_size is 8, teacher is teacher, but diffusers is a folder of diffusers, which"),
+     ("diffusers", {"noise_schedule": "flow-to-data", "time_scale": 1.0},
+      "noise_schedule is flow-to-data, time_scale is 1.0, but .* records what it was trained with"),
+     ("teacher.pt", {"teacher": Path("teacher"), "prediction": "x0", "num_classes": 5},
+      "num_classes is 5, prediction is x0, but teacher is teacher, which says that"),
+     ("teacher.pt", {"teacher": Path("teacher"), "history_layers": 0},
+      r"history_layers is 0, but teacher\.pt holds a teacher"),
+     ("teacher.pt", {"time_frequencies": "dit"},
+      r"time_frequencies is dit, but teacher\.pt is not a folder of diffusers")],
+)  # fmt: skip
+def test_what_the_source_says_is_not_an_option(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, weights: str, options: Any, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    convert(ConvertConfig(teacher, Path("teacher")))
+    convert(ConvertConfig(teacher, Path("teacher.pt"), to="released"))
+    convert(ConvertConfig(teacher, Path("diffusers"), to="diffusers"))
+    convert(ConvertConfig(_student(Path("student")), Path("student.pt"), to="released"))
+    with pytest.raises(ValueError, match=f"^convert: {message}"):
+        convert(ConvertConfig(Path(weights), Path("out"), **options))
+    assert not Path("out").exists()
 
 
 def test_an_earlier_conversion_is_replaced(tmp_path: Path, teacher: Path, student: Path) -> None:

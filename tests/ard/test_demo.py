@@ -44,6 +44,22 @@ def test_the_embedded_students_are_what_they_are_called() -> None:
         assert (trained["seed"], trained["samples"], trained["state"]) == (0, 40_000, "x0")
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"history_layers": 9}, r"history_layers is 9, accepted are 1\.\.8"),
+        ({"history_layers": 0}, r"history_layers is 0, accepted are 1\.\.8"),
+        ({"held_out": 3}, "held_out is 3, accepted is an integer >= 4"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_made(
+    option: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"demo: {message}"):
+        demo(DemoConfig(tmp_path / "demo", **option))  # type: ignore[arg-type]
+    assert not (tmp_path / "demo").exists()
+
+
 def test_another_teacher_has_no_embedded_students(tmp_path: Path) -> None:
     copy = tmp_path / "teacher"
     copy.mkdir()

@@ -223,3 +223,12 @@ def test_unknown_names_are_refused() -> None:
         Diffusion("linear", "noise")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"solver is 'euler', accepted are 'ddim', 'heun', 'dpm-solver\+\+'"):
         Diffusion().solve(_network, _randn(1, 1, 2, 2), torch.zeros(1), [999], "euler")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="times is empty"):
+        Diffusion().solve(_network, _randn(1, 1, 2, 2), torch.zeros(1), [])
+
+
+def test_a_linear_schedule_has_times_for_its_betas() -> None:
+    assert Diffusion(timesteps=21).alpha.min() > 0
+    with pytest.raises(ValueError, match="timesteps is 20, accepted is an integer > 20"):
+        Diffusion(timesteps=20)
+    assert Diffusion("cosine", timesteps=2).alpha.min() > 0

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ard
 from ard.assets import ASSETS
-from ard.checkpoints import load_student, save_student, save_teacher
+from ard.checkpoints import load_student, save_student, save_teacher, write_json
 from ard.data import load_images, to_uint8
 from ard.diffusion import Diffusion
 from ard.evaluation import (
@@ -36,6 +36,7 @@ from ard.evaluation import (
     inception_extractor,
     load_classifier,
     precision_recall,
+    print_report,
     statistics,
     train_classifier,
 )
@@ -155,6 +156,24 @@ def test_the_embedded_classifier_makes_the_embedded_statistics() -> None:
     assert reference.network == extractor.network
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [([], "holds no model, wanted is a Classifier"), ({"class": "DiT"}, "holds a DiT, wanted"),
+     ({"class": "Classifier"}, r"does not describe a Classifier \(no 'config'\)"),
+     ({"class": "Classifier", "config": 3}, "does not describe a Classifier")],
+)  # fmt: skip
+def test_a_classifier_that_is_not_described_is_refused(tmp_path: Path, content: object, message: str) -> None:
+    write_json(tmp_path / "config.json", content)
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+        load_classifier(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["refstats", "refstats.npz"])
+def test_statistics_have_the_name_that_is_read(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}, accepted is the name of a \.safetensors file"):
+        statistics(StatisticsConfig(tmp_path / name, dataset="digits"))
+
+
 def test_a_report_says_what_the_student_does(recording: RecordConfig, student: Path, tmp_path: Path) -> None:
     held_out = replace(recording, out=tmp_path / "held-out", seed=1, samples=16)
     record(held_out)
@@ -252,6 +271,26 @@ def test_a_student_of_another_teacher_is_refused(
     assert not (tmp_path / "report").exists()
 
 
+def test_a_student_of_other_steps_than_it_says_is_refused(
+    recording: RecordConfig, student: Path, tmp_path: Path
+) -> None:
+    model, trained = load_student(student)
+    save_student(tmp_path / "student", model, {**trained, "grid": [25, 0]})
+    with pytest.raises(ValueError, match=r"states at positions \[25, 0\], accepted are 5 of them"):
+        evaluate(EvaluateConfig(tmp_path / "student", recording.out, tmp_path / "report"))
+
+
+def test_a_report_says_that_the_student_was_trained_on_the_noise(
+    recording: RecordConfig, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "these are not held-out samples"
+    report = evaluate(EvaluateConfig(student, recording.out, tmp_path / "report"))
+    print_report(report)
+    assert said in capsys.readouterr().out
+    print_report({**report, "trained_with_the_same_noise": False})
+    assert said not in capsys.readouterr().out
+
+
 def _latents(folder: Path, samples: int) -> tuple[ARDTransformer, TrajectoryStore]:
     """A student of 4 channels in `folder`/student, and trajectories of its teacher."""
     teacher = tiny_teacher(channels=4, input_size=14)
@@ -280,7 +319,7 @@ def test_latents_are_judged_as_the_images_that_they_stand_for(
     statistics(StatisticsConfig(reference, images=tmp_path / "images", size=28, inception=Path(), keep=12))
     shutil.copytree(tmp_path / "images" / "0", tmp_path / "few" / "0", ignore=lambda _, names: names[3:])
     with pytest.raises(ValueError, match=r"statistics: images has 3, accepted are more than 3"):
-        statistics(StatisticsConfig(tmp_path / "no", images=tmp_path / "few", size=28, inception=Path()))
+        statistics(StatisticsConfig(reference, images=tmp_path / "few", size=28, inception=Path()))
     loaded = Statistics.load(reference)
     torch.testing.assert_close(loaded.mean, colours.double().mean(0), rtol=0, atol=1e-4)
     torch.testing.assert_close(loaded.covariance, torch.cov(colours.double().T), rtol=1e-6, atol=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -379,6 +380,122 @@ def test_bad_arguments_are_named() -> None:
         DiT(**{**_TINY, "input_size": (5, 4)})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="width is 22"):
         DiT(**{**_TINY, "width": 22})  # type: ignore[arg-type]
+
+
+_COUNTS = ("patch_size", "channels", "width", "depth", "heads", "num_classes")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        *[(name, value, "is an integer >= 1") for name in _COUNTS for value in (2.0, "2", True, None)],
+        *[
+            ("input_size", value, "is an integer >= 1, or height and width")
+            for value in (8.0, "8", "48", True, None, 0, (4,), (4, 8, 4), (4, 8.0), (4, 0))
+        ],
+        # 1/25: less than one hidden channel at width 24
+        *[
+            ("mlp_ratio", value, r"is a finite number >= 1/24")
+            for value in (0, -1, 1 / 25, math.nan, math.inf, "4", True, None)
+        ],
+        *[
+            (name, value, "are True and False")
+            for name in ("null_class", "learn_sigma")
+            for value in (2, "no")
+        ],
+    ],
+)
+def test_a_bad_option_of_a_teacher_is_named(name: str, value: object, accepted: str) -> None:
+    with pytest.raises(ValueError, match=rf"^DiT: {name} is {re.escape(repr(value))}, accepted {accepted}"):
+        DiT(**{**_TINY, name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("diffusion", [None, Diffusion("cosine", "v", timesteps=101)])
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        *[("steps", value, "is an integer >= 1") for value in (2.0, "2", True, None, -1)],
+        *[("history_layers", value, r"are 0\.\.4 \(integers\)") for value in (1.5, "1", True, None)],
+        *[("per_step_final", value, "are True and False") for value in ("no", 1, None)],
+        *[
+            ("times", value, r"are 2 \(steps\) finite numbers")
+            for value in (5, "42", ["4", "2"], [None, 2.0], [10**400, 2.0], [[4.0], [2.0]], [math.nan, 2.0])
+        ],
+    ],
+)
+def test_a_bad_option_of_a_student_is_named(
+    name: str, value: object, accepted: str, diffusion: Diffusion | None
+) -> None:
+    """A student of a teacher that knows its process asks that one for times."""
+    teacher = _teacher()
+    teacher.diffusion = diffusion
+    options: dict[str, Any] = {"steps": 2, "history_layers": 1, name: value}
+    message = rf"^ARDTransformer: {name} is {re.escape(repr(value))}, accepted {accepted}"
+    with pytest.raises(ValueError, match=message):
+        ARDTransformer.from_teacher(teacher, **options)
+    with pytest.raises(ValueError, match=message):
+        ARDTransformer(teacher.config, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        (model, change, message)
+        for model, first, others in (("DiT", "x", ("t", "labels")), ("ARDTransformer", "states", ("labels",)))
+        for change, message in (
+            *[
+                ({name: convert}, f"{name} {told}")
+                for name in (first, *others)
+                for convert, told in (
+                    (Tensor.numpy, "is ndarray, accepted is a Tensor"),
+                    (Tensor.tolist, "is list, accepted is a Tensor"),
+                    (lambda value: value.to("meta"), "is on meta, accepted is cpu, where the weights are"),
+                )
+            ],
+            ({first: Tensor.int}, rf"{first} is torch\.int32, accepted is torch\.float32 as the weights are"),
+            ({first: Tensor.double}, rf"{first} is torch\.float64, accepted is torch\.float32"),
+            ({first: Tensor.bfloat16}, rf"{first} is torch\.bfloat16, accepted is torch\.float32"),
+            ({"labels": Tensor.float}, r"labels is torch\.float32, accepted are int64 and int32"),
+            ({"labels": Tensor.bool}, r"labels is torch\.bool, accepted are int64 and int32"),
+        )
+    ],
+)
+def test_a_bad_input_is_named(model: str, change: dict[str, Callable[..., object]], message: str) -> None:
+    network, inputs = _inputs(model)
+    inputs = {name: change.get(name, lambda value: value)(value) for name, value in inputs.items()}
+    with pytest.raises(ValueError, match=f"^{model}: {message}"):
+        network(**inputs)
+
+
+def _inputs(model: str) -> tuple[nn.Module, dict[str, Any]]:
+    student = _student(3, 2)
+    states, labels = _states(student)
+    if model == "ARDTransformer":
+        return student, {"states": states, "labels": labels}
+    return _teacher(), {"x": states[:, 0], "t": torch.tensor([999.0, 3.5]), "labels": labels}
+
+
+@pytest.mark.parametrize("model", ["DiT", "ARDTransformer"])
+@torch.no_grad()
+def test_an_input_of_another_dtype_is_for_autocast(model: str) -> None:
+    """And labels may be int32. What autocast does not cast is refused there, too."""
+    network, inputs = _inputs(model)
+    first = next(iter(inputs))
+    narrow = {**inputs, first: inputs[first].bfloat16()}
+    with torch.autocast("cpu", torch.bfloat16):
+        exact = network(**{**inputs, first: narrow[first].float(), "labels": inputs["labels"].int()})
+        assert torch.equal(network(**narrow), exact)
+        for convert in (Tensor.double, Tensor.int):
+            with pytest.raises(ValueError, match=rf"{first} is torch\..*, or under autocast torch\.float32"):
+                network(**{**inputs, first: convert(inputs[first])})
+
+
+@pytest.mark.parametrize("model", ["DiT", "ARDTransformer"])
+def test_values_of_inputs_are_not_looked_at(model: str) -> None:
+    """A look would wait for the GPU: without data everything but values is known."""
+    network, inputs = _inputs(model)
+    out = network.to("meta")(**{name: value.to("meta") for name, value in inputs.items()})
+    assert out.is_meta
 
 
 def test_compiles_without_graph_breaks() -> None:

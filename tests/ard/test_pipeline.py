@@ -105,7 +105,7 @@ def test_a_repository_loads_like_a_folder(tmp_path: Path, student: Path) -> None
     options: dict[str, Any] = {"cache_dir": tmp_path, "local_files_only": True}
     loaded = ARDTransformer.from_pretrained("someone/model", **options)
     assert _same(loaded, load_student(student)[0])
-    with pytest.raises(ValueError, match="holds a ARDTransformer, wanted is a DiT"):
+    with pytest.raises(ValueError, match="holds an ARDTransformer, wanted is a DiT"):
         DiT.from_pretrained("someone/model", **options)
 
 

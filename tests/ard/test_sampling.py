@@ -19,11 +19,12 @@ from PIL import Image
 
 import ard
 from ard import sampling
-from ard.checkpoints import load_student, load_teacher
+from ard.checkpoints import load_student, load_teacher, save_student
 from ard.data import Stream, index_noise, to_uint8
+from ard.evaluation import EvaluateConfig, evaluate
 from ard.models import ARDTransformer
 from ard.sampling import SampleConfig, run
-from ard.trajectories import TrajectoryStore
+from ard.trajectories import RecordConfig, TrajectoryStore
 from ard_kernels import use_backend
 
 
@@ -69,7 +70,7 @@ def test_sampling_keeps_the_dtype_of_the_noise_and_no_graph(model: ARDTransforme
     [
         ((2, 1, 28, 27), [0, 1], r"noise has shape \(2, 1, 28, 27\), accepted is \(B, 1, 28, 28\)"),
         ((2, 28, 28), [0, 1], r"accepted is \(B, 1, 28, 28\)"),
-        ((2, 1, 28, 28), [0], r"labels has shape \(1,\), accepted is \(2,\), one per noise"),
+        ((2, 1, 28, 28), [0], r"labels has shape \(1,\), accepted is \(2,\), one per sample"),
         ((2, 1, 28, 28), [0, 10], r"labels are 0\.\.10, accepted are 0\.\.9"),
         ((2, 1, 28, 28), [-1, 1], r"labels are -1\.\.1, accepted are 0\.\.9"),
     ],
@@ -93,6 +94,9 @@ def test_what_is_no_student_or_tensor_is_named(model: ARDTransformer, teacher: P
             r"noise is torch\.int32, accepted is torch\.float32 as the weights are",
         ),
         ((narrow, noise, labels), r"noise is torch\.float32, accepted is torch\.bfloat16 as the weights are"),
+        ((model, noise, labels.float()), r"labels is torch\.float32, accepted are int64 and int32"),
+        ((model, noise.to("meta"), labels), "noise is on meta, accepted is cpu, where the weights are"),
+        ((model, noise, labels.to("meta")), "labels is on meta, accepted is cpu, where the weights are"),
     ):
         with pytest.raises(ValueError, match="^sample: " + message):
             ard.sample(*arguments)  # type: ignore[arg-type]
@@ -118,6 +122,27 @@ def test_files_hold_the_samples(model: ARDTransformer, student: Path, tmp_path: 
         grid = np.asarray(picture)[::2, ::2]  # zoomed by 2
     assert grid.shape == (2 * 30 - 2, 10 * 30 - 2)
     assert np.array_equal(grid[30:58, 30:58], images[11, :, :, 0])
+
+
+def test_a_student_that_predicts_nan_is_refused(
+    student: Path, recording: RecordConfig, tmp_path: Path
+) -> None:
+    broken, trained = load_student(student)
+    with torch.no_grad():
+        broken.final_layers[3].linear.weight[0, 0] = float("nan")
+    save_student(tmp_path / "broken", broken, trained)
+    with pytest.raises(ValueError, match="broken: the student's predictions are not finite"):
+        run(SampleConfig(tmp_path / "broken", tmp_path / "samples", samples=4))
+    with pytest.raises(ValueError, match="broken: the student's predictions are not finite"):
+        evaluate(EvaluateConfig(tmp_path / "broken", recording.out, tmp_path / "report"))
+    assert not (tmp_path / "samples").exists()
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_file_in_the_way_is_named_before_anything_is_sampled(student: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"sample: out is .*file, a file; accepted is a folder"):
+        run(SampleConfig(student, tmp_path / "file"))
 
 
 def test_samples_depend_on_the_seed_and_not_on_the_batch(student: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny import tiny_teacher
 from torch import Tensor
 
-from ard.checkpoints import load_teacher, save_teacher
+from ard.checkpoints import load_teacher, read_json, save_teacher, write_json
 from ard.data import index_noise
 from ard.diffusion import Diffusion, Solver, guided
 from ard.models import DiT
@@ -160,6 +160,35 @@ def test_no_store_and_another_format_are_refused(tmp_path: Path) -> None:
         TrajectoryStore(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["samples", "shard_size", "kept", "solver_steps", "teacher", "seed"])
+def test_a_manifest_that_lacks_something_is_refused(
+    recording: RecordConfig, tmp_path: Path, name: str
+) -> None:
+    copy = _copy(recording, tmp_path)
+    manifest = read_json(copy / "manifest.json")
+    del manifest[name]
+    write_json(copy / "manifest.json", manifest)
+    message = rf"manifest\.json: does not describe a folder of `ard record` \(no '{name}'\)"
+    with pytest.raises(ValueError, match=message):
+        TrajectoryStore(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"samples": "44"}, "samples is '44', accepted is an integer >= 1"),
+     ({"shard_size": 0}, "shard_size is 0, accepted is an integer >= 1"),
+     ({"kept": 3}, "does not describe a recording"), ({"kept": ["a"]}, r"kept is \['a'\], accepted are pos"),
+     ({"solver_steps": 10}, r"kept is \[20, 15, 10, 5\], accepted are positions 1\.\.9")],
+)  # fmt: skip
+def test_a_manifest_that_says_what_cannot_be_is_refused(
+    recording: RecordConfig, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    copy = _copy(recording, tmp_path)
+    write_json(copy / "manifest.json", {**read_json(copy / "manifest.json"), **change})
+    with pytest.raises(ValueError, match=rf"manifest\.json: .*{message}"):
+        TrajectoryStore(copy)
+
+
 def test_grids_are_those_of_the_release(
     recording: RecordConfig, store: TrajectoryStore, tmp_path: Path
 ) -> None:
@@ -173,7 +202,7 @@ def test_grids_are_those_of_the_release(
         (2, (25, 0)): r"accepted are 3 \(steps \+ 1\) descending positions from 25 to 0",
         (3, (25, 5, 10, 0)): "descending",
         (2, (20, 10, 0)): "from 25",
-        (8, None): r"accepted are 9 \(steps \+ 1\) descending",
+        (8, None): r"grid: steps is 8, accepted are 1\.\.5, between the positions that .* has: \[25, 20,",
     }
     for (steps, asked), message in refused.items():
         with pytest.raises(ValueError, match=message):
@@ -263,7 +292,7 @@ def test_live_is_what_would_be_recorded(
             for got, expected in zip(ours, wanted, strict=True):
                 assert got.dtype == expected.dtype
                 assert torch.equal(got, expected)
-    assert live.summary((25, 0), "x0") == store.summary((25, 0), "x0")
+    assert live.summary((top, 0), "x0") == store.summary((top, 0), "x0")
     assert len(live) == len(store)
     for steps in (1, 2, 3, 4, 5):
         assert live.grid(steps) == store.grid(steps)
@@ -330,7 +359,17 @@ def test_live_refuses_what_cannot_be(recording: RecordConfig, tmp_path: Path) ->
 
 def test_samples_and_states_that_are_not_there_are_named(store: TrajectoryStore) -> None:
     for index in (-1, 44):
-        with pytest.raises(ValueError, match=rf"indices are .*{index}.*, accepted are 0\.\.43"):
+        with pytest.raises(ValueError, match=rf"indices are .*{index}.*, accepted are .* 0\.\.43"):
             store.states(torch.tensor([0, index]), (25, 0), "x0")
+    with pytest.raises(ValueError, match=r"indices are \[\], accepted are one or more of 0"):
+        store.states(torch.tensor([]), (25, 0), "x0")
     with pytest.raises(ValueError, match="state is 'eps', accepted are 'x0', 'xt'"):
         store.states(torch.tensor([0]), (25, 0), "eps")  # type: ignore[arg-type]
+    for grid in ((25, 3, 0), (24, 10, 0), (25, 10, 5)):
+        with pytest.raises(ValueError, match=r"^grid"):
+            store.states(torch.tensor([0]), grid, "x0")
+        with pytest.raises(ValueError, match=r"^grid"):
+            store.summary(grid, "x0")
+    with pytest.raises(ValueError, match="summary: state is 'bogus', accepted are 'x0', 'xt'"):
+        store.summary((25, 0), "bogus")  # type: ignore[arg-type]
+    assert TrajectoryStore(str(store.folder)).manifest == store.manifest

@@ -454,6 +454,14 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
             _OURS[name](**{**arguments, "layout": RAGGED, **change})
 
 
+@pytest.mark.parametrize("eps", [-1e-6, torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["adaln", "gated_residual_adaln"])
+def test_a_bad_eps_is_named(name: str, eps: float) -> None:
+    arguments = {label: _GOOD[label] for label in _TAKES[name]}
+    with pytest.raises(ValueError, match=f"^{name}: eps is {eps}, accepted is a finite number >= 0$"):
+        _OURS[name](**arguments, layout=RAGGED, eps=eps)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_second_derivative_is_refused_by_name(name: str) -> None:
     leaves = [x.detach().requires_grad_() for x in _inputs(name, RAGGED, 1, 16, torch.float32, torch.float32)]

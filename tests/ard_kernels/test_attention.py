@@ -362,6 +362,8 @@ _GOOD = dict(zip("qkv", _qkv(RAGGED, 2, 2, 16, torch.float32).unbind(2), strict=
         ({"q": _GOOD["q"].int()}, r"q is torch.int32, accepted are torch.float64"),
         ({"k": _GOOD["k"].half()}, r"k is torch.float16 on cpu, q is torch.float32 on cpu; accepted is one"),
         ({"scale": torch.ones(())}, r"scale is Tensor, accepted is an int or a float"),
+        ({"scale": torch.nan}, r"scale is nan, accepted is a finite number$"),
+        ({"scale": -torch.inf}, r"scale is -inf, accepted is a finite number$"),
         ({"v": _GOOD["v"].to("meta")}, r"v is torch.float32 on meta, q is torch.float32 on cpu"),
         ({"layout": (3, 1, 6, 4)}, r"layout is tuple, accepted is BlockLayout"),
         ({"layout": BlockLayout((7, 6))}, r"q has 14 tokens, layout has 13 \(2 blocks of \(7, 6\)\)"),
@@ -385,6 +387,7 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
         ({"v_cache": _GOOD["v"].half()}, r"v_cache is torch.float16 on cpu, q is torch.float32"),
         ({"layout": [3, 1, 6, 4]}, r"layout is list, accepted is BlockLayout"),
         ({"mask": "full"}, r"mask is 'full'"),
+        ({"scale": torch.inf}, r"scale is inf, accepted is a finite number$"),
     ],
 )
 def test_bad_cached_arguments_are_named(change: dict[str, Any], message: str) -> None:

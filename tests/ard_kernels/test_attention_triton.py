@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from variants import gradients, packed_qkv
@@ -32,6 +34,44 @@ def test_keys_in_shares(monkeypatch: pytest.MonkeyPatch, mask: str) -> None:
         assert (shared[0].double() - exact[:, rows]).abs().max() <= eps * exact.abs().max()
         for a, b in zip(shared, whole, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=2 * eps * max(1.0, float(b.abs().max())))
+
+
+@pytest.mark.parametrize(
+    ("mask", "lengths"), [("causal", (128, 128)), ("causal", (64, 129, 63)), ("anchor", (70, 1, 130))]
+)
+def test_the_larger_tiles_of_a_full_batch(
+    monkeypatch: pytest.MonkeyPatch, assert_accurate: Callable[..., None], mask: str, lengths: tuple[int, ...]
+) -> None:
+    """The forward takes tiles of 64 queries where there are few, as in all other tests."""
+    monkeypatch.setattr(attention_triton, "_FILL", 0)
+    layout = BlockLayout(lengths)
+    x = packed_qkv(layout.total, 72, torch.bfloat16)
+    results = []
+    for attend, kind in (
+        (block_attention, torch.bfloat16),
+        (reference.block_attention, torch.float64),
+        (reference.block_attention, torch.bfloat16),
+    ):
+        leaves = [part.to(kind).requires_grad_() for part in x.unbind(2)]
+        results.append(gradients(attend(*leaves, layout, mask), *leaves))
+    assert_accurate(*results, 3.0)
+
+
+@pytest.mark.parametrize("tokens", [64, 70])
+def test_a_key_that_nobody_sees_has_no_gradient(tokens: int) -> None:
+    """Scores of minus infinity, whether or not a tile ends in the middle: there a row of zeros stands for the
+    queries that are missing, and zero times infinity is NaN."""
+    layout = BlockLayout((tokens,))
+    q, k, v = packed_qkv(tokens, 16).clone().unbind(2)
+    q, k = q.abs() + 0.1, k.clone()
+    k[:, 5] = float("-inf")
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    got = gradients(block_attention(*leaves, layout), *leaves)
+    wanted = gradients(reference.block_attention(*exact, layout), *exact)
+    for name, a, b in zip(("dk", "dv"), got[2:], wanted[2:], strict=True):
+        assert a.isfinite().all(), name
+        torch.testing.assert_close(a.double(), b, rtol=1e-2, atol=1e-2)
 
 
 def test_what_it_does_not_take_is_named() -> None:

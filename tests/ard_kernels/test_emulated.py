@@ -24,6 +24,7 @@ from ard_kernels.layout import MASKS
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SHORT, _RAGGED = BlockLayout((3, 1)), BlockLayout((37, 1, 70))
+_ONE, _TOKENS = BlockLayout((5,)), BlockLayout((1,) * 5)
 _PAIRS = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)]
 
 
@@ -80,6 +81,26 @@ def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return "cpu"
 
 
+@pytest.mark.parametrize(
+    ("architectures", "capability", "made"),
+    [
+        ("80 90 100", (9, 0), (9, 0)),
+        ("80 90 100", (8, 9), (8, 0)),
+        ("80 90 100", (12, 0), (10, 0)),
+        ("80", (9, 0), (8, 0)),  # no clusters on a Hopper: not compiled for one
+        ("90", (8, 0), None),
+        ("80 90a", (10, 0), (8, 0)),
+        ("90a", (9, 0), (9, 0)),
+        ("100f", (10, 3), (10, 0)),
+        ("100f", (12, 0), None),
+    ],
+)
+def test_which_code_a_device_runs(
+    architectures: str, capability: tuple[int, int], made: tuple[int, int] | None
+) -> None:
+    assert adaln_native.runs_as(architectures, capability) == made
+
+
 @pytest.mark.usefixtures("amx")
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("lengths", "dim"), [((70, 3, 130), 72), ((64, 64), 64), ((1, 5, 33), 40)])
@@ -117,7 +138,11 @@ def _meaning(
 
 
 @pytest.mark.parametrize(("stream", "other"), _PAIRS, ids=str)
-@pytest.mark.parametrize(("layout", "width"), [(_RAGGED, 384), (_SHORT, 768), (_SHORT, 1152)], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "width"),
+    [(_RAGGED, 384), (_SHORT, 768), (_SHORT, 1152), (_ONE, 1024), (_TOKENS, 1024)],
+    ids=str,
+)
 def test_adaln_on_cuda(
     cuda: str,
     assert_accurate: Callable[..., None],

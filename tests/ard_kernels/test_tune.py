@@ -95,6 +95,18 @@ def test_the_table_is_kept_per_gpu(path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_home_that_cannot_be_read_has_no_table(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """As in a container of another user. A table that was asked for is another matter."""
+    path.mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"ARD_KERNELS_LAUNCHES: .*{path.name}"):
+        tuned("GPU", "forward 72")
+    monkeypatch.delenv("ARD_KERNELS_LAUNCHES")
+    monkeypatch.setattr(Path, "home", lambda: path.parent)
+    (path.parent / ".cache").touch()
+    with pytest.warns(UserWarning, match=r"table of launches cannot be read, .*Not a directory"):
+        assert tuned("GPU", "forward 72") is None
+
+
 @pytest.mark.parametrize(
     "stored",
     ["{", "[]", '{"A": {"dq 72": {"rows": 1}}}', '{"A": {"dq 72": 3}}', json.dumps(
