@@ -202,7 +202,7 @@ class LatentStore:
     FORMAT = "latents-1"
 
     def __init__(self, folder: Path) -> None:
-        self._shards = Shards(folder, "encode", self.FORMAT)
+        self._shards = Shards(folder, "encode", self.FORMAT, ("shape", "classes"))
         self._shards.check_complete()
         self.manifest = self._shards.manifest
         channels, height, width = self.manifest["shape"]

@@ -1,16 +1,31 @@
-"""Checks and times everything on one GPU, in one command that keeps its time.
+"""Checks our kernels and times them against their peers on one GPU, in one command that keeps its time.
 
-    python -m benchmarks.gpu_suite --out DIR                    # all of it, within 520 s
-    python -m benchmarks.gpu_suite --out DIR --only attention   # one section, with all of the time
+    python -m benchmarks.gpu_suite --out DIR                    # the essential, within 520 s
+    python -m benchmarks.gpu_suite --out DIR --only attention   # some sections, with all of the time
     python -m benchmarks.gpu_suite --out DIR --quick            # tiny shapes; what a CPU gets in any case
     python -m benchmarks.gpu_suite --ncu                        # how to profile the kernels
 
-Sections: environment; correctness of every operator on this device; the copy and matmul ceilings; attention
-and adaLN against their peers; a DiT-XL/2 training step against the straightforward implementation; sampling
-with and without history. DIR/gpu_suite.json and DIR/gpu_suite.md are written after every section. A section
-runs in a process of its own, and what fails in it is recorded and does not end the run. What a section has no
-time for (peers that are tuned for a minute, compiled samplers) is named, and measured when it runs alone. The
-exit code is not zero if a correctness check fails.
+The essential is environment; correctness of every operator on this device; the copy and matmul ceilings;
+block-causal attention at head dim 72, a step with a KV cache, and adaLN at (32, 1024, 1152), against the
+peers that take no minute to build; a DiT-XL/2 training step against the straightforward implementation;
+sampling with and without history. The rest takes five more runs of this length, each into a folder of its
+own, by the suite's own estimate (`benchmarks.suite.sections.SECTIONS`):
+
+    --only training_compiled adaln_more          # under torch.compile; adaLN's other forms, a whole DiT block
+    --only attention_tuned                       # FlexAttention: max-autotune, blocks of 256, padded
+    --only attention_sizes sampling_compiled     # head dims 64 and 128, one sample
+    --only attention_masks                       # other masks, unequal blocks, float32
+    --only attention_single                      # one sample at the other dims and masks
+
+DIR/gpu_suite.json and DIR/gpu_suite.md are written after every section. A section runs in a process of its
+own, and what fails in it is recorded and does not end the run. What had no time is named, and a ratio to the
+best of some of the peers says of how many.
+
+Exit code: 1 if a check failed, a checking process died, or one had to be stopped in a check; 3 if there was
+no time for all checks, or a section had to be stopped; else 0.
+
+Correctness, ceilings, attention and adaln import torch, triton, numpy and ard_kernels alone. The models bring
+ard with its huggingface_hub and safetensors, sampling Pillow besides.
 """
 
 from __future__ import annotations
@@ -28,7 +43,6 @@ from typing import Any
 import torch
 
 import ard_kernels
-from ard_kernels import BlockLayout
 from benchmarks.common import environment, write_json
 from benchmarks.suite.record import Settings, backends
 from benchmarks.suite.report import markdown, summary
@@ -76,8 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
     _write(options.out, results)
     end = started + options.seconds
     for i, name in enumerate(names):
-        rest = sum(SECTIONS[other][1] for other in names[i:])
-        seconds = max(end - time.monotonic(), 0) * SECTIONS[name][1] / rest
+        rest = sum(SECTIONS[other].seconds for other in names[i:])
+        seconds = max(end - time.monotonic(), 0) * SECTIONS[name].seconds / rest
         print(f"{name}: {seconds:.0f} s", flush=True)
         last, isolated = end + _OVERTIME, options.device == "cuda"
         found = run(name, settings, options.out / "parts", seconds, last, isolated)
@@ -89,7 +103,16 @@ def main(arguments: list[str] | None = None) -> int:
     shutil.rmtree(options.out / "parts", ignore_errors=True)
     print(summary(results))
     print(f"{time.monotonic() - started:.0f} s; wrote {options.out / 'gpu_suite.json'} and gpu_suite.md")
-    return 1 if any(section["failures"] for section in results["sections"].values()) else 0
+    return exit_code(results["sections"])
+
+
+def exit_code(sections: dict[str, Any]) -> int:
+    """As in the module's docstring."""
+    if any(section["failures"] for section in sections.values()):
+        return 1
+    checks = sections.get("correctness")
+    unchecked = checks is not None and not 0 < checks["done"] == checks["total"]
+    return 3 if unchecked or any(section["stopped"] for section in sections.values()) else 0
 
 
 def _best_device() -> str:
@@ -98,7 +121,8 @@ def _best_device() -> str:
 
 def _chosen(only: list[str] | None) -> list[str]:
     """Percentages need the ceilings."""
-    return [*only, "ceilings"] if only else list(SECTIONS)
+    essential = [name for name, section in SECTIONS.items() if section.essential]
+    return [*only, "ceilings"] if only else essential
 
 
 def _write(out: Path, results: dict[str, Any]) -> None:
@@ -142,15 +166,14 @@ def _once(what: str, device: str) -> None:
 
     runs = []
     for mask in ("causal", "diagonal"):
-        shape = attention.shapes(quick=False)[1]
+        shape = attention.shapes(quick=False)[0]
         method = attention.our_candidates(shape, mask, device)[0].build()
         inputs = [attention.make_inputs(shape, device, 0)]
-        runs += [attention.prepared(method, inputs, phase) for phase in attention.PHASES]
+        runs += [attention.prepared(method, inputs, phase) for phase in ("forward", "backward")]
     fused = adaln.shapes(quick=False)[0]
-    layout = BlockLayout.uniform(fused.blocks, fused.tokens // fused.blocks)
     tensors = adaln.make_inputs(fused, device, 0)
-    norm = adaln.ours(backends("adaln", *tensors[:5])[0], layout)
-    runs += [adaln.prepared(norm, [tensors], phase) for phase in ("forward", "backward")]
+    norm = adaln.ours(backends("adaln", *tensors[0])[0], fused, device)
+    runs += [adaln.prepared(norm, [tensors], phase) for phase in adaln.PHASES]
     for prepare in runs:
         prepare(0)()  # compiles
         ready = prepare(0)

@@ -8,11 +8,13 @@ Every test installs into an environment of its own, from the package index.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import tomllib
 import venv
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +25,9 @@ pytestmark = pytest.mark.install
 
 _ROOT = Path(__file__).resolve().parents[1]
 _OTHER_TORCH = "2.11.0"  # the oldest that the package accepts
-_NO_COMPILER = {"CXX": "/absent/c++", "CC": "/absent/cc"}
+_EMPTY = dict.fromkeys(("ARD_KERNELS_NATIVE", "ARD_KERNELS_CUDA", "ARD_KERNELS_CUDA_ARCHS"), "")
+_NO_COMPILER = {"CXX": "/absent/c++", "CC": "/absent/cc", **_EMPTY}  # an empty variable is as good as none
+_STRICT = ("--config-settings", "editable_mode=strict", "-e")
 
 # The compiled kernels against the definition, and the library whose threads they share.
 _USE = """
@@ -64,7 +68,8 @@ def _install(
 
 def _beside_ours(python: Path, code: str) -> subprocess.CompletedProcess[str]:
     """With the packages of the tests' environment after its own: an installation of ours may be there too."""
-    return _run(python, "-c", f"import sys\nsys.path.append({sysconfig.get_path('purelib')!r})\n{code}")
+    code = f"import sys\nsys.path.append({sysconfig.get_path('purelib')!r})\n{code}"
+    return _run(python, "-c", code, environment={"ARD_KERNELS_ISA": ""})
 
 
 def _report(python: Path) -> str:
@@ -85,16 +90,48 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
+def _edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.fixture
+def quick(checkout: Path) -> Path:
+    """A checkout that compiles one instruction set."""
+    _edit(checkout / "CMakeLists.txt", "portable;avx2;avx512;avx512_bf16;amx", "portable")
+    return checkout
+
+
+def _builder(folder: Path) -> Path:
+    """An environment with what pip installs into one of its own, a new one each time."""
+    python = _python(folder)
+    project = tomllib.loads((_ROOT / "pyproject.toml").read_text())
+    done = _run(python, "-m", "pip", "install", *project["build-system"]["requires"])
+    assert done.returncode == 0, done.stderr
+    return python
+
+
+def _write_tool(path: Path, script: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
 # What is asked for, and what the report says then. Without nvcc no architecture can be asked for.
-_CUDA = "for CUDA (adaLN)"
-_NVCC = shutil.which("nvcc", path=f"{os.environ['PATH']}:/usr/local/cuda/bin") is not None
+_CUDA = "for CUDA (adaLN, compute capabilities"
+_NVCC = shutil.which("nvcc", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+_needs_nvcc = pytest.mark.skipif(_NVCC is None, reason="nvcc is not there")
 _CUDA_CASES = {
     "as it is": ({}, _CUDA if _NVCC else "nvcc is not there"),
-    "nvcc that does not work": ({"CUDACXX": "/absent/nvcc"}, "nvcc (/absent/nvcc) does not work"),
+    "nvcc that is not there": ({"CUDACXX": "/absent/nvcc"}, "nvcc (/absent/nvcc) failed: "),
     "no CUDA": ({"ARD_KERNELS_CUDA": "off"}, "switched off by ARD_KERNELS_CUDA"),
 }
 if _NVCC:
-    _CUDA_CASES["one architecture"] = ({"ARD_KERNELS_CUDA": "on", "ARD_KERNELS_CUDA_ARCHS": "90"}, _CUDA)
+    _CUDA_CASES["one architecture"] = (
+        {"ARD_KERNELS_CUDA": "on", "ARD_KERNELS_CUDA_ARCHS": "90"},
+        f"{_CUDA} 90)",
+    )
 
 
 @pytest.mark.parametrize("case", _CUDA_CASES)
@@ -114,10 +151,88 @@ def test_where_cuda_is_demanded_and_nvcc_does_not_work(checkout: Path, tmp_path:
     python = _python(tmp_path / "venv")
     done = _install(python, checkout, environment={"ARD_KERNELS_CUDA": "on", "CUDACXX": "/absent/nvcc"})
     assert done.returncode != 0
-    assert "nvcc (/absent/nvcc) is not there or does not work" in done.stderr + done.stdout
+    assert "demanded, but the build with nvcc (/absent/nvcc) failed" in done.stderr + done.stdout
 
 
-@pytest.mark.parametrize("options", [(), ("-e",)], ids=["copied", "editable"])
+def _path_without_nvcc(folder: Path) -> str:
+    """PATH, with links to all other tools for a folder that has nvcc."""
+    places = [Path(place) for place in os.environ["PATH"].split(os.pathsep)]
+    for i, place in enumerate(places):
+        if (place / "nvcc").exists():
+            places[i] = folder / str(i)
+            places[i].mkdir(parents=True)
+            for tool in place.iterdir():
+                if tool.name != "nvcc":
+                    (places[i] / tool.name).symlink_to(tool)
+    return os.pathsep.join(map(str, places))
+
+
+def test_with_a_compiler_and_without_nvcc(quick: Path, tmp_path: Path) -> None:
+    _edit(quick / "setup.py", "/usr/local/cuda/bin", "/absent")
+    environment = {"PATH": _path_without_nvcc(tmp_path / "tools"), "CUDACXX": "", "CUDA_HOME": ""}
+    python = _python(tmp_path / "venv")
+    done = _install(python, quick, environment={**environment, "ARD_KERNELS_CUDA": "on"})
+    assert done.returncode != 0
+    assert "CUDA kernels are demanded, but nvcc is not there" in done.stderr + done.stdout
+    done = _install(python, quick, environment=environment)
+    assert done.returncode == 0, done.stderr
+    report = _report(python)
+    assert "available" in report
+    assert "nvcc is not there" in report
+
+
+@_needs_nvcc
+def test_an_nvcc_that_fails_costs_the_cuda_kernels_alone_until_it_is_mended(
+    quick: Path, tmp_path: Path
+) -> None:
+    """At CMake's look at the compiler, at our source, then not. Of the architectures it knows one."""
+    python, home = _python(tmp_path / "venv"), tmp_path / "cuda"
+    _write_tool(tmp_path / "tools" / "nvidia-smi", "exit 1")  # the default architectures, also on a GPU
+    # CUDA_HOME comes before PATH, where the real one may be.
+    environment = {"CUDA_HOME": str(home), "CUDACXX": "",
+                   "PATH": f"{tmp_path / 'tools'}{os.pathsep}{os.environ['PATH']}"}  # fmt: skip
+    (home / "bin").mkdir(parents=True)
+    nvcc = home / "bin" / "nvcc"
+    for refused, said, reported in (
+        ("arch=", "nvcc fatal   : 1 'x\"; #%", f"nvcc ({nvcc}) failed: nvcc fatal : 1 'x'' '%"),
+        ("adaln", "ptxas error   : 2", f"nvcc ({nvcc}) failed: ptxas error : 2"),
+        ("nothing", "", f"{_CUDA} 90)"),
+    ):
+        _write_tool(
+            nvcc,
+            f"""case "$*" in
+*list-gpu-arch*) echo compute_75; echo compute_90 ;;
+*{refused}*) echo {shlex.quote(said)} >&2; exit 1 ;;
+*) exec {_NVCC} "$@" ;;
+esac""",
+        )
+        done = _install(python, "-v", "-e", quick, environment=environment)
+        assert done.returncode == 0, done.stderr
+        assert f"nvcc ({nvcc}) does not know sm_80, sm_100" in done.stderr + done.stdout
+        report = _report(python)
+        assert "available" in report
+        assert reported in report
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("fast", "accepted are compute capabilities"),
+        ("75", "80 or newer"),
+        pytest.param("90 199", "does not know sm_199", marks=_needs_nvcc),
+    ],
+)
+def test_architectures_without_kernels_are_an_error(
+    checkout: Path, tmp_path: Path, given: str, said: str
+) -> None:
+    python = _python(tmp_path / "venv")
+    done = _install(python, checkout, environment={"ARD_KERNELS_CUDA_ARCHS": given})
+    assert done.returncode != 0
+    assert "ARD_KERNELS_CUDA_ARCHS" in done.stderr + done.stdout
+    assert said in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("options", [(), ("-e",), _STRICT], ids=["copied", "editable", "strict"])
 def test_without_a_compiler(checkout: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     python = _python(tmp_path / "venv")
     done = _install(python, *options, checkout, environment=_NO_COMPILER)
@@ -127,14 +242,31 @@ def test_without_a_compiler(checkout: Path, tmp_path: Path, options: tuple[str, 
     assert _NO_COMPILER["CXX"] in report
 
 
-def test_an_editable_installation_is_what_the_last_one_made(checkout: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [("-e",), _STRICT], ids=["editable", "strict"])
+def test_an_editable_installation_is_what_the_last_one_made(
+    quick: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
     python = _python(tmp_path / "venv")
     for environment, state in ((_NO_COMPILER, "absent"), ({"ARD_KERNELS_CUDA": "off"}, "available"),
                                (_NO_COMPILER, "absent")):  # fmt: skip
-        done = _install(python, "-e", checkout, environment=environment)
+        done = _install(python, *options, quick, environment=environment)
         assert done.returncode == 0, done.stderr
         assert state in _report(python)
-    assert not [*checkout.glob("ard_kernels/_C.cpython*")]
+    assert not [*quick.glob("ard_kernels/_C.cpython*")]
+
+
+def test_a_second_installation_compiles_what_has_changed(quick: Path, tmp_path: Path) -> None:
+    python = _builder(tmp_path / "venv")
+    environment = {"ARD_KERNELS_CUDA": "off", "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
+    made: list[dict[str, int]] = []
+    for _ in range(2):
+        (quick / "csrc" / "cpu" / "parallel.cpp").touch()
+        done = _install(python, "--no-build-isolation", "-e", quick, environment=environment)
+        assert done.returncode == 0, done.stderr
+        made.append({path.name: path.stat().st_mtime_ns for path in quick.glob("build/cmake-*/**/*.o")})
+    first, second = made
+    assert first.keys() == second.keys() == {"bindings.cpp.o", "parallel.cpp.o", "kernels.cpp.o"}
+    assert [name for name in first if second[name] != first[name]] == ["parallel.cpp.o"]
 
 
 def test_without_a_compiler_where_the_kernels_are_demanded(checkout: Path, tmp_path: Path) -> None:
@@ -151,6 +283,22 @@ def test_switched_off(checkout: Path, tmp_path: Path) -> None:
     report = _report(python)
     assert "absent" in report
     assert "ARD_KERNELS_NATIVE" in report
+
+
+def test_a_wheel_of_an_sdist(quick: Path, tmp_path: Path) -> None:
+    python = _builder(tmp_path / "builder")
+    pack = f"import os\nos.chdir({str(quick)!r})\nfrom setuptools import build_meta\n"
+    packed = _run(python, "-c", f"{pack}build_meta.build_sdist({str(tmp_path)!r})")
+    assert packed.returncode == 0, packed.stderr
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    built = _run(python, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, sdist,
+                 environment={"ARD_KERNELS_CUDA": "off"})  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    python = _python(tmp_path / "venv")
+    assert _install(python, wheel).returncode == 0
+    used = _beside_ours(python, _USE)
+    assert used.returncode == 0, used.stderr
 
 
 def test_a_wheel_beside_another_pytorch(checkout: Path, tmp_path: Path) -> None:

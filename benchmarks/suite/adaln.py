@@ -1,14 +1,15 @@
-"""The fused adaLN pass, x + gate * h and then a modulated layer norm, against PyTorch and its compiler.
+"""The fused adaLN pass, x + gate * h and then a modulated layer norm, and its two halves, against PyTorch and
+its compiler.
 
 Bandwidth counts the passes over big tensors that an ideal kernel makes, whatever a method makes: 4 forward
 (reads x and h, writes both results), 6 backward (reads both gradients, the stored residual and h, writes
-dx and dh).
+dx and dh). `adaln` is the shape that the goals are set for, `adaln_more` the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,16 +17,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import ard_kernels
 from ard_kernels import BlockLayout, gated_residual_adaln, use_backend
 from ard_kernels.tune import check_results
-from benchmarks.suite.record import Recorder, backends, compiled
+from benchmarks.suite.record import Recorder, backends, compared, compiled
 from benchmarks.suite.timing import Prepare, cache_bytes, sets_beyond_cache
 
-Norm = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""x, h (B, T, D), gate, shift, scale (B, K, D) -> the residual and its modulated norm."""
+Norm = Callable[..., tuple[Tensor, ...]]
+"""Of x, h (B, T, D), gate, shift, scale (B, K, D), those that the operator takes -> the residual and its
+modulated norm, or one of the two."""
+Inputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+"""The operator's, and the gradients of its results."""
 
-PHASES = {"forward": 4, "backward": 6}
-"""And the passes over big tensors."""
+PHASES = ("forward", "backward")
+
+# Big tensors in the dtype of the residual stream, and in that of the branch, that are read and written.
+_PASSES = {
+    "gated_residual_adaln": {"forward": (2, 2), "backward": (3, 3)},
+    "adaln": {"forward": (1, 1), "backward": (2, 1)},
+    "gated_residual": {"forward": (2, 1), "backward": (1, 2)},  # its dx is the gradient that it gets
+}
 
 
 @dataclass(frozen=True)
@@ -34,54 +45,94 @@ class Shape:
     tokens: int
     width: int
     blocks: int
+    operator: str = "gated_residual_adaln"
+    residual: str = "bfloat16"
+    """dtype of the residual stream; branch, tables and the norm are bfloat16, as under autocast."""
+
+    @property
+    def layout(self) -> BlockLayout:
+        return BlockLayout.uniform(self.blocks, self.tokens // self.blocks)
 
     def __str__(self) -> str:
-        return f"({self.batch}, {self.tokens}, {self.width}) K{self.blocks}"
+        operator = "" if self.operator == "gated_residual_adaln" else f" {self.operator}"
+        residual = "" if self.residual == "bfloat16" else f" {self.residual} residual"
+        return f"({self.batch}, {self.tokens}, {self.width}) K{self.blocks}{operator}{residual}"
+
+    def bytes_moved(self, phase: str) -> int:
+        wide, narrow = _PASSES[self.operator][phase]
+        sizes = wide * getattr(torch, self.residual).itemsize + narrow * torch.bfloat16.itemsize
+        return int(sizes * self.batch * self.tokens * self.width)
 
 
-def plain(x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """As a user of PyTorch writes it, with one row per block, never per token."""
-
-    def blocks(tensor: Tensor) -> Tensor:
-        return tensor.unflatten(1, (gate.shape[1], -1))
-
-    x = x + (gate.unsqueeze(2) * blocks(h)).flatten(1, 2)
-    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return x, (blocks(normed) * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2)
+# As a user of PyTorch writes them, with one row per block, never per token.
 
 
-def ours(backend: str, layout: BlockLayout) -> Norm:
-    def norm(x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        with use_backend(backend):
-            return gated_residual_adaln(x, h, gate, shift, scale, layout)
+def _blocks(x: Tensor, table: Tensor) -> Tensor:
+    return x.unflatten(1, (table.shape[1], -1))
+
+
+def _plain_residual(x: Tensor, h: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+    return (x + (gate.unsqueeze(2) * _blocks(h, gate)).flatten(1, 2),)
+
+
+def _plain_adaln(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    normed = _blocks(F.layer_norm(x, x.shape[-1:], eps=1e-6), scale)
+    return ((normed * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2).to(scale.dtype),)
+
+
+def plain(x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    (x,) = _plain_residual(x, h, gate)
+    return x, *_plain_adaln(x, shift, scale)
+
+
+_PLAIN: dict[str, Norm] = {
+    "gated_residual_adaln": plain,
+    "adaln": _plain_adaln,
+    "gated_residual": _plain_residual,
+}
+
+
+def ours(backend: str, shape: Shape, device: str) -> Norm:
+    operator, layout = getattr(ard_kernels, shape.operator), shape.layout
+    mixed = partial(torch.autocast, device, torch.bfloat16, enabled=shape.residual != "bfloat16")
+
+    def norm(*inputs: Tensor) -> tuple[Tensor, ...]:
+        with use_backend(backend), mixed():
+            outs = operator(*inputs, layout)
+        return (outs,) if isinstance(outs, Tensor) else outs
 
     return norm
 
 
 def candidates(shape: Shape, device: str, mine: list[str]) -> dict[str, tuple[Callable[[], Norm], float]]:
     """How each is built, and the seconds that may take."""
-    layout = BlockLayout.uniform(shape.blocks, shape.tokens // shape.blocks)
+    function = _PLAIN[shape.operator]
     tune = {"mode": "max-autotune-no-cudagraphs"}
     return {
-        **{f"ours ({name})": (partial(ours, name, layout), 3) for name in mine},
-        "pytorch": (lambda: plain, 1),
-        "torch.compile": (lambda: compiled(plain, device, dynamic=False), 12),
-        "torch.compile max-autotune": (lambda: compiled(plain, device, dynamic=False, **tune), 20),
+        **{f"ours ({name})": (partial(ours, name, shape, device), 3) for name in mine},
+        "pytorch": (lambda: function, 1),
+        "torch.compile": (lambda: compiled(function, device, dynamic=False), 12),
+        "torch.compile max-autotune": (lambda: compiled(function, device, dynamic=False, **tune), 20),
     }
 
 
-def make_inputs(shape: Shape, device: str, seed: int) -> tuple[Tensor, ...]:
-    """x, h; gate, shift and scale, strided as slices of a packed table; and the two output gradients."""
+def make_inputs(shape: Shape, device: str, seed: int) -> Inputs:
+    """Tables are strided, as slices of a packed one."""
     generator = torch.Generator(device).manual_seed(seed)
     draw = partial(torch.randn, generator=generator, device=device, dtype=torch.bfloat16)
     x, h, dx, dy = (draw(shape.batch, shape.tokens, shape.width) for _ in range(4))
-    table = draw(shape.batch, shape.blocks, 6, shape.width)
-    return x, h, table[:, :, 2], table[:, :, 3], table[:, :, 4], dx, dy
+    x, dx = (tensor.to(getattr(torch, shape.residual)) for tensor in (x, dx))
+    _, _, gate, shift, scale, _ = draw(shape.batch, shape.blocks, 6, shape.width).unbind(2)
+    if shape.operator == "adaln":
+        return (x, shift, scale), (dy,)
+    if shape.operator == "gated_residual":
+        return (x, h, gate), (dx,)
+    return (x, h, gate, shift, scale), (dx, dy)
 
 
-def prepared(norm: Norm, sets: list[tuple[Tensor, ...]], phase: str) -> Prepare:
+def prepared(norm: Norm, sets: list[Inputs], phase: str) -> Prepare:
     def forward(i: int) -> Callable[[], object]:
-        inputs = sets[i % len(sets)][:5]
+        inputs, _ = sets[i % len(sets)]
 
         def run() -> object:
             with torch.no_grad():
@@ -90,25 +141,24 @@ def prepared(norm: Norm, sets: list[tuple[Tensor, ...]], phase: str) -> Prepare:
         return run
 
     def backward(i: int) -> Callable[[], object]:
-        *inputs, dx, dy = sets[i % len(sets)]
+        inputs, douts = sets[i % len(sets)]
         leaves = [x.detach().requires_grad_() for x in inputs]
         outs = norm(*leaves)
-        return lambda: torch.autograd.grad(outs, leaves, (dx, dy))
+        return lambda: torch.autograd.grad(outs, leaves, douts)
 
     return forward if phase == "forward" else backward
 
 
 def compare(rec: Recorder, shape: Shape) -> None:
     first = make_inputs(shape, rec.device, 0)
-    sets = [first]
-    big = first[0].nbytes
-    for seed in range(1, sets_beyond_cache(rec.device, 4 * big)):
-        sets.append(make_inputs(shape, rec.device, seed))
-    exact = {phase: prepared(plain, [tuple(x.float() for x in first)], phase)(0)() for phase in PHASES}
+    count = sets_beyond_cache(rec.device, shape.bytes_moved("forward"))
+    sets = [first, *(make_inputs(shape, rec.device, seed) for seed in range(1, count))]
+    wide: Inputs = tuple(tuple(x.float() for x in tensors) for tensors in first)  # type: ignore[assignment]
+    exact = {phase: prepared(_PLAIN[shape.operator], [wide], phase)(0)() for phase in PHASES}
     torch.compiler.reset()
     ready: dict[str, dict[str, Prepare]] = {phase: {} for phase in PHASES}
-    mine = backends("adaln", *first[:5])
-    for name, (build, seconds) in candidates(shape, rec.device, mine).items():
+    known = candidates(shape, rec.device, backends("adaln", *first[0]))
+    for name, (build, seconds) in known.items():
         own = name.startswith("ours")
         norm = rec.attempt(f"{shape} {name}", build, seconds, own)
         if norm is None:
@@ -118,14 +168,15 @@ def compare(rec: Recorder, shape: Shape) -> None:
             prepare = rec.attempt(f"{shape} {name} {phase}", checked, ours=own)
             if prepare is not None:
                 ready[phase][name] = prepare
-    for phase, passes in PHASES.items():
+    for phase in PHASES:
         times = rec.measure(f"{shape} {phase}", ready[phase])
+        moved = shape.bytes_moved(phase)
         for time in times.values():
-            time["gbs"] = passes * big / time["ms"] / 1e6
+            time["gbs"] = moved / time["ms"] / 1e6
             # About half of the bytes are writes. Those that fit into the cache may never reach memory.
-            large = passes * big > 2 * cache_bytes(rec.device)
+            large = moved > 2 * cache_bytes(rec.device)
             time["percent"] = rec.settings.percent("copy", time["gbs"]) if large else None
-        _row(rec, str(shape), phase, times)
+        _row(rec, str(shape), phase, times, list(known))
 
 
 def _checked(prepare: Prepare, exact: Any) -> Prepare:
@@ -137,18 +188,16 @@ def _checked(prepare: Prepare, exact: Any) -> Prepare:
     return prepare
 
 
-def _row(rec: Recorder, label: str, phase: str, times: dict[str, dict[str, float]]) -> None:
+def _row(rec: Recorder, label: str, phase: str, times: dict[str, dict[str, Any]], known: list[str]) -> None:
     if not times:
         return
-    mine = next((name for name in times if name.startswith("ours")), None)  # what is chosen by default
-    best = min((n for n in times if not n.startswith("ours")), key=lambda n: times[n]["ms"], default=None)
-    ratio = times[best]["ms"] / times[mine]["ms"] if best and mine else None
     line = ", ".join(
         f"{name} {time['ms']:.4f} ms" + (f" {time['gbs']:.0f} GB/s" if "gbs" in time else "")
         for name, time in times.items()
     )
-    rec.row(f"{label} {phase}: {line}", label=label, phase=phase, times=times, ours=mine, best_peer=best,
-            ratio=ratio)  # fmt: skip
+    others = [name for name in known if not name.startswith("ours")]
+    rec.row(f"{label} {phase}: {line}", label=label, phase=phase,
+            **compared(rec, label, times, others, (*PHASES, phase)))  # fmt: skip
 
 
 def compare_in_block(rec: Recorder, shape: Shape, heads: int) -> None:
@@ -156,13 +205,12 @@ def compare_in_block(rec: Recorder, shape: Shape, heads: int) -> None:
     from ard.models.dit import DiTBlock
     from ard.models.history import TeacherForced
 
-    layout = BlockLayout.uniform(shape.blocks, shape.tokens // shape.blocks)
     block = DiTBlock(shape.width, heads, 4.0).to(rec.device, torch.bfloat16)
-    history = TeacherForced(layout, 1, "causal")
+    history = TeacherForced(shape.layout, 1, "causal")
     weights = [p for name, p in block.named_parameters() if "adaLN" not in name]
 
-    def through(norm: Norm) -> Callable[..., tuple[Tensor, Tensor]]:
-        def run(x: Tensor, y: Tensor, own: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+    def through(norm: Norm) -> Callable[..., tuple[Tensor, ...]]:
+        def run(x: Tensor, y: Tensor, own: Tensor, following: Tensor) -> tuple[Tensor, ...]:
             _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = own.unbind(2)
             branch = block.attn(y, partial(history.attend, 0))
             x, y = norm(x, branch, gate_attn, shift_mlp, scale_mlp)
@@ -175,7 +223,7 @@ def compare_in_block(rec: Recorder, shape: Shape, heads: int) -> None:
     x, y, dx, dy = (draw(size) for _ in range(4))
     own, following = (draw(shape.batch, shape.blocks, 6, shape.width) for _ in range(2))
 
-    def prepare_with(run: Callable[..., tuple[Tensor, Tensor]]) -> Prepare:
+    def prepare_with(run: Callable[..., tuple[Tensor, ...]]) -> Prepare:
         def prepare(i: int) -> Callable[[], object]:
             def step() -> object:
                 leaves = [t.detach().requires_grad_() for t in (x, y, own, following)]
@@ -185,25 +233,32 @@ def compare_in_block(rec: Recorder, shape: Shape, heads: int) -> None:
 
         return prepare
 
-    ready: dict[str, Prepare] = {}
     # The backend is chosen around the compiled code, as a program does, not inside.
-    fused: Norm = partial(gated_residual_adaln, layout=layout)
+    fused: Norm = partial(gated_residual_adaln, layout=shape.layout)
     best = backends("adaln", x, own)[0]
-    for name, norm in ((f"ours ({best})", fused), ("pytorch", plain)):
+    sides = {f"ours ({best})": fused, "pytorch": plain}
+    phase = "forward + backward"
+    # Tuning takes 12 matrix products' time.
+    for mode, seconds in (("default", 15), ("max-autotune-no-cudagraphs", 50)):
+        where = f"{shape}, whole DiT block, {mode}"
+        ready: dict[str, Prepare] = {}
+        for name, norm in sides.items():
 
-        def build(norm: Norm = norm) -> Prepare:
-            # fullgraph: the block's attention is our operator in both, and must not break the graph.
-            with use_backend(best):
-                prepare = prepare_with(compiled(through(norm), rec.device, dynamic=False, fullgraph=True))
-                prepare(0)()
-            return prepare
+            def build(norm: Norm = norm, mode: str = mode) -> Prepare:
+                # fullgraph: the block's attention is our operator in both, and must not break the graph.
+                with use_backend(best):
+                    run = compiled(through(norm), rec.device, dynamic=False, fullgraph=True, mode=mode)
+                    prepare = prepare_with(run)
+                    prepare(0)()
+                return prepare
 
-        made = rec.attempt(f"compiled block, {name}", build, 15, ours=name.startswith("ours"))
-        if made is not None:
-            ready[f"{name}, compiled block"] = made
-    with use_backend(best):
-        times = rec.measure(f"{shape}, whole DiT block", ready)
-    _row(rec, f"{shape}, whole DiT block", "forward + backward", times)
+            made = rec.attempt(f"{where} {name}", build, seconds, ours=norm is fused)
+            if made is not None:
+                ready[name] = made
+        with use_backend(best):
+            times = rec.measure(f"{where} {phase}", ready)
+        _row(rec, where, phase, times, list(sides))
+        torch.compiler.reset()
 
 
 def shapes(quick: bool) -> list[Shape]:
@@ -213,9 +268,16 @@ def shapes(quick: bool) -> list[Shape]:
 
 
 def adaln(rec: Recorder) -> None:
-    for i, shape in enumerate(shapes(rec.quick)):
+    shape = shapes(rec.quick)[0]
+    rec.attempt(str(shape), partial(compare, rec, shape), 5)
+
+
+def adaln_more(rec: Recorder) -> None:
+    first, *others = shapes(rec.quick)
+    others = [replace(first, residual="float32"), *others]
+    others += [replace(first, operator=operator) for operator in ("adaln", "gated_residual")]
+    for shape in others:
         rec.attempt(str(shape), partial(compare, rec, shape), 5)
-        if i == 0:
-            heads = 2 if rec.quick else 16
-            rec.attempt(f"{shape}, whole DiT block", partial(compare_in_block, rec, shape, heads), 30)
-    torch.compiler.reset()
+        torch.compiler.reset()
+    heads = 2 if rec.quick else 16
+    rec.attempt(f"{first}, whole DiT block", partial(compare_in_block, rec, first, heads), 30)

@@ -1,8 +1,13 @@
 """Block attention against every way that PyTorch and its neighbours have for it.
 
-Useful work is 4 * Dh * visible pairs * B * H operations forward and 3.5 times that with the backward,
-whatever a method computes besides. Every method's output and gradients are compared with the eager backend in
-float32 before it is timed: a wrong one is no peer.
+Useful work is 4 * Dh * visible pairs * B * H operations forward and 2.5 times that backward, whatever a
+method computes besides. Every method's output and gradients are compared with the eager backend in float32
+before it is timed: a wrong one is no peer.
+
+`attention` is block-causal attention at head dim 72, and a step with a KV cache; `attention_tuned` compares
+the former with FlexAttention's slower settings; `attention_sizes` has head dims 64 and 128, and one sample at
+72; `attention_masks` the other masks, unequal blocks and float32; `attention_single` the rest with one
+sample. What is left out when time runs out is the least telling.
 """
 
 from __future__ import annotations
@@ -21,10 +26,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from ard_kernels import BlockLayout, block_attention, use_backend
-from ard_kernels.layout import Mask
+from ard_kernels import BlockLayout, block_attention, cached_block_attention, use_backend
+from ard_kernels.layout import MASKS, Mask
 from ard_kernels.tune import check_results
-from benchmarks.suite.record import Recorder, backends, compiled
+from benchmarks.suite.record import Recorder, backends, compared, compiled
 from benchmarks.suite.timing import Prepare, sets_beyond_cache
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -33,66 +38,114 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 """q, k, v, dout."""
 
 
+PHASES = {"forward": 1.0, "backward": 2.5, "forward + backward": 3.5}
+"""And their useful work in units of the forward's."""
+
+
 @dataclass(frozen=True)
 class Shape:
-    """B samples of S blocks of L tokens, H heads of Dh."""
+    """B samples of the layout's tokens, H heads of Dh."""
 
     batch: int
-    blocks: int
-    length: int
+    layout: BlockLayout
     heads: int
     dim: int
     dtype: str = "bfloat16"
+    block: int | None = None
+    """Of a step with a KV cache: the block that the queries are."""
 
     @property
-    def layout(self) -> BlockLayout:
-        return BlockLayout.uniform(self.blocks, self.length)
+    def phases(self) -> tuple[str, ...]:
+        return tuple(PHASES) if self.block is None else ("forward",)
 
     def __str__(self) -> str:
+        layout = self.layout
+        length = str(layout.lengths[0]) if layout.is_uniform else "+".join(map(str, layout.lengths))
         dtype = "" if self.dtype == "bfloat16" else f" {self.dtype}"
-        return f"B{self.batch} S{self.blocks} L{self.length} H{self.heads} Dh{self.dim}{dtype}"
+        step = "" if self.block is None else f" cached block {self.block}"
+        return f"B{self.batch} S{layout.blocks} L{length} H{self.heads} Dh{self.dim}{dtype}{step}"
 
 
-class Whole:
+class Method:
+    """A way to compute attention."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def recorded(
+        self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
+    ) -> tuple[Tensor, Callable[[], tuple[Tensor, ...]]]:
+        """out, and what computes dq, dk and dv."""
+        raise NotImplementedError
+
+    def forward_backward(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+        out, backward = self.recorded(q, k, v, dout)
+        return out, *backward()
+
+
+class Whole(Method):
     """One call over all tokens, differentiated by autograd."""
 
     def __init__(self, attend: Attend) -> None:
-        self.forward = attend
+        self.attend = attend
 
-    def forward_backward(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attend(q, k, v)
+
+    def recorded(
+        self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
+    ) -> tuple[Tensor, Callable[[], tuple[Tensor, ...]]]:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = self.forward(*leaves)
-        return out, *torch.autograd.grad(out, leaves, dout)
+        out = self.attend(*leaves)
+        return out, lambda: torch.autograd.grad(out, leaves, dout)
 
 
-class PerBlock:
-    """Block-causal attention as one dense call per block of queries, on the prefix of keys that it sees.
+class PerBlock(Method):
+    """One dense call per block of queries, on the keys that it sees.
 
     Gradients of the keys are summed in place: cheaper than what autograd makes of slices.
     """
 
-    def __init__(self, dense: Attend, layout: BlockLayout) -> None:
+    def __init__(self, dense: Attend, layout: BlockLayout, mask: Mask) -> None:
         self.dense, self.layout = dense, layout
+        self.ranges = [layout.key_ranges(s, mask) for s in range(layout.blocks)]
 
     def _pieces(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[list[Tensor]]:
-        for s in range(self.layout.blocks):
-            end = self.layout.bounds[s + 1]
-            yield [q[:, self.layout.slice(s)], k[:, :end], v[:, :end]]
+        for s, ranges in enumerate(self.ranges):
+            yield [q[:, self.layout.slice(s)], _gathered(k, ranges), _gathered(v, ranges)]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.cat([self.dense(*piece) for piece in self._pieces(q, k, v)], 1)
 
-    def forward_backward(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+    def recorded(
+        self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
+    ) -> tuple[Tensor, Callable[[], tuple[Tensor, ...]]]:
         pieces = [[x.detach().requires_grad_() for x in piece] for piece in self._pieces(q, k, v)]
         outs = [self.dense(*piece) for piece in pieces]
-        leaves = [x for piece in pieces for x in piece]
-        grads = torch.autograd.grad(outs, leaves, dout.split(self.layout.lengths, 1))
-        dk, dv = grads[-2:]  # the last block sees every key
-        for s in range(self.layout.blocks - 1):
-            end = self.layout.bounds[s + 1]
-            dk[:, :end] += grads[3 * s + 1]
-            dv[:, :end] += grads[3 * s + 2]
-        return torch.cat(outs, 1), torch.cat(grads[0::3], 1), dk, dv
+
+        def backward() -> tuple[Tensor, ...]:
+            leaves = [x for piece in pieces for x in piece]
+            grads = torch.autograd.grad(outs, leaves, dout.split(self.layout.lengths, 1))
+            rest = list(zip(self.ranges, grads[1::3], grads[2::3], strict=True))
+            if self.ranges[-1] == ((0, self.layout.total),):  # the last block's are the sums to add to
+                _, dk, dv = rest.pop()
+            else:
+                dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+            for ranges, dk_s, dv_s in rest:
+                lengths = [b - a for a, b in ranges]
+                for (a, b), one, other in zip(
+                    ranges, dk_s.split(lengths, 1), dv_s.split(lengths, 1), strict=True
+                ):
+                    dk[:, a:b] += one
+                    dv[:, a:b] += other
+            return torch.cat(grads[0::3], 1), dk, dv
+
+        return torch.cat(outs, 1), backward
+
+
+def _gathered(x: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
+    parts = [x[:, a:b] for a, b in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class Folded(Whole):
@@ -106,7 +159,15 @@ class Folded(Whole):
         super().__init__(attend)
 
 
-Method = Whole | PerBlock
+def _decomposed(dense: Attend, shape: Shape, mask: Mask) -> Method:
+    """Block attention by calls that know no masks."""
+    layout, block = shape.layout, shape.block
+    if block is not None:
+        seen = layout.key_ranges(block, mask)
+        return Whole(lambda q, k, v: dense(q, _gathered(k, seen), _gathered(v, seen)))
+    if mask == "diagonal" and layout.is_uniform:
+        return Folded(dense, layout)
+    return PerBlock(dense, layout, mask)
 
 
 @dataclass(frozen=True)
@@ -120,12 +181,23 @@ class Candidate:
     seconds: float = 1.0
     """That building may take, compilation and tuning."""
     ours: bool = False
+    differentiable: bool = True
+
+    def phases(self, shape: Shape) -> tuple[str, ...]:
+        return shape.phases if self.differentiable else ("forward",)
 
 
-def our_candidate(name: str, layout: BlockLayout, mask: Mask) -> Candidate:
+def _ours(shape: Shape, mask: Mask) -> Attend:
+    layout, block = shape.layout, shape.block
+    if block is not None:
+        return lambda q, k, v: cached_block_attention(q, k, v, layout, block, mask)
+    return lambda q, k, v: block_attention(q, k, v, layout, mask)
+
+
+def our_candidate(name: str, shape: Shape, mask: Mask) -> Candidate:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with use_backend(name):
-            return block_attention(q, k, v, layout, mask)
+            return _ours(shape, mask)(q, k, v)
 
     return Candidate(f"ours ({name})", lambda: Whole(attend), ours=True, seconds=3)
 
@@ -134,17 +206,16 @@ def our_candidates(shape: Shape, mask: Mask, device: str) -> list[Candidate]:
     """The one that is chosen by default first."""
     dtype = getattr(torch, shape.dtype)
     names = backends("attention", torch.empty(1, 1, shape.heads, shape.dim, device=device, dtype=dtype))
-    return [our_candidate(name, shape.layout, mask) for name in names]
+    return [our_candidate(name, shape, mask) for name in names]
 
 
 def dense_candidates(shape: Shape, mask: Mask, every_pad: bool = False) -> list[Candidate]:
-    """Those without compilation: per block for `causal`, folded for `diagonal`.
+    """Those without compilation: per block, folded for `diagonal`.
 
     every_pad: whether cuDNN gets all the paddings of head dim 72, not 128 alone. It makes a plan of a second
     for each shape that it meets, four of them forward and four backward for four blocks, and each pad.
     """
     layout, scale = shape.layout, shape.dim**-0.5
-    decompose = PerBlock if mask == "causal" else Folded
     kinds = [("sdpa cudnn", SDPBackend.CUDNN_ATTENTION), ("sdpa flash", SDPBackend.FLASH_ATTENTION)]
     pads = [80, 96, 128] if shape.dim == 72 else []
     calls: list[tuple[str, Attend, int | None]] = [
@@ -154,19 +225,29 @@ def dense_candidates(shape: Shape, mask: Mask, every_pad: bool = False) -> list[
     ]
     packages = {name: where for name, where in PACKAGES.items() if installed(where[0])}
     calls += [(name, partial(_imported, *where, scale), None) for name, where in packages.items()]
-    made = [Candidate(name, partial(decompose, attend, layout), pad) for name, attend, pad in calls]
-    dense = Candidate("sdpa dense mask", lambda: Whole(partial(_masked, layout, mask, scale)))
-    one_launch = [
-        Candidate(f"{name}, one launch", partial(Whole, partial(_one_launch, module, layout, scale)))
-        for name, (module, _) in packages.items()
-        if mask == "causal" and name != "xformers"
-    ]
-    return [*made, dense, *one_launch]
+    made = [Candidate(name, partial(_decomposed, attend, shape, mask), pad) for name, attend, pad in calls]
+    if shape.block is None:
+        made.append(Candidate("sdpa dense mask", lambda: Whole(partial(_masked, layout, mask, scale))))
+    one_launch = _one_cached if shape.block is not None else _one_launch
+    if mask == "causal" and layout.is_uniform:
+        made += [
+            Candidate(f"{name}, one launch", partial(Whole, partial(one_launch, module, shape, scale)),
+                      differentiable=False)
+            for name, (module, _) in packages.items() if name != "xformers"
+        ]  # fmt: skip
+    return made
 
 
 # Inductor's choice for head dim 128 on Hopper. For other dims it takes 64 x 64 with 4 warps, and
 # max-autotune does not try this one there.
 _FLEX_TILE = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3}
+
+
+def flex_settings(shape: Shape, device: str) -> list[dict[str, Any]]:
+    """Of `flex_candidate`, the quick ones first and of these the one that is likely to be the fastest."""
+    tile = [{"tile": _FLEX_TILE}] if device == "cuda" and shape.dim not in (64, 128) else []
+    pad = [{"pad": 128}] if shape.dim == 72 else []
+    return [*tile, {}, {"block": 256}, *pad, {"autotune": True}, {"block": 256, "autotune": True}]
 
 
 def flex_candidate(
@@ -183,6 +264,15 @@ def flex_candidate(
     build = partial(_flex, shape, mask, device, block, autotune, tile)
     # Compiling forward and backward; tuning compiles six forwards, twice, and 28 backwards.
     return Candidate(name, build, pad, 60 if autotune else 12)
+
+
+def peers(shape: Shape, mask: Mask, device: str) -> list[Candidate]:
+    """All that there are for a shape, in whatever section. In float32 our backends are compared with each
+    other alone."""
+    if shape.dtype == "float32":
+        return []
+    flex = [flex_candidate(shape, mask, device, **options) for options in flex_settings(shape, device)]
+    return [*dense_candidates(shape, mask, every_pad=True), *(flex if shape.block is None else [])]
 
 
 def _sdpa(kind: SDPBackend, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -231,16 +321,22 @@ def _imported(module: str, name: str, scale: float, q: Tensor, k: Tensor, v: Ten
     return out if isinstance(out, Tensor) else out[0]
 
 
-def _one_launch(module: str, layout: BlockLayout, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _one_launch(module: str, shape: Shape, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Every block of queries a sequence of its own, with a length of the cache that its sample shares: the
-    block-causal forward in one launch. It has no backward."""
+    block-causal forward in one launch."""
     attend = importlib.import_module(module).flash_attn_with_kvcache
-    if torch.is_grad_enabled():
-        raise RuntimeError("flash_attn_with_kvcache has no backward")
-    ends, owner = _sequences(layout, len(q), q.device)
-    folded = q.unflatten(1, (layout.blocks, -1)).flatten(0, 1)
+    blocks = shape.layout.blocks
+    ends, owner = _sequences(shape.layout, len(q), q.device)
+    folded = q.unflatten(1, (blocks, -1)).flatten(0, 1)
     out = attend(folded, k, v, cache_seqlens=ends, cache_batch_idx=owner, softmax_scale=scale)
-    return out.unflatten(0, (-1, layout.blocks)).flatten(1, 2)
+    return out.unflatten(0, (-1, blocks)).flatten(1, 2)
+
+
+def _one_cached(module: str, shape: Shape, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The step with a cache that the package has a function for."""
+    attend = importlib.import_module(module).flash_attn_with_kvcache
+    end = shape.layout.bounds[shape.block + 1]  # type: ignore[operator]
+    return attend(q, k, v, cache_seqlens=end, softmax_scale=scale)  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -250,17 +346,39 @@ def _sequences(layout: BlockLayout, batch: int, device: torch.device) -> tuple[T
     return ends, torch.arange(batch, dtype=torch.int32, device=device).repeat_interleave(layout.blocks)
 
 
+def _visible(layout: BlockLayout, mask: Mask, device: str) -> Callable[..., Tensor]:
+    """FlexAttention's function of a pair of positions."""
+    if layout.is_uniform:
+        length = layout.lengths[0]
+
+        def owner(i: Tensor) -> Tensor:
+            return i // length
+
+    else:
+        ids = layout.block_ids(device)
+
+        def owner(i: Tensor) -> Tensor:
+            return ids[i]
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        query, key = owner(i), owner(j)
+        if mask == "causal":
+            return key <= query
+        if mask == "window":
+            return (key == query) | (key == query - 1)
+        return (key == query) | (key == 0) if mask == "anchor" else key == query
+
+    return visible
+
+
 def _flex(
     shape: Shape, mask: Mask, device: str, block: int, autotune: bool, tile: dict[str, int] | None
 ) -> Method:
-    length, total = shape.length, shape.layout.total
-
-    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return j // length <= i // length if mask == "causal" else j // length == i // length
-
+    total = shape.layout.total
+    visible = _visible(shape.layout, mask, device)
     blocks = create_block_mask(visible, None, None, total, total, device=device, BLOCK_SIZE=block)
-    # Every row sees its own block, and what it sees is a single range.
-    options = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": True, **(tile or {})}
+    # Every row sees its own block, and what it sees is a single range, or with `anchor` two.
+    options = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": mask != "anchor", **(tile or {})}
     mode = {"mode": "max-autotune-no-cudagraphs"} if autotune else {}
     attend = compiled(flex_attention, device, dynamic=False, **mode)
     scale = shape.dim**-0.5
@@ -273,22 +391,22 @@ def _flex(
 
 
 def make_inputs(shape: Shape, device: str, seed: int) -> Inputs:
-    """q, k and v are slices of a packed qkv, as a model makes them."""
+    """q, k and v are slices of a packed qkv, as a model makes them; of a cached step k and v are caches."""
     generator = torch.Generator(device).manual_seed(seed)
-    size = (shape.batch, shape.layout.total, 3, shape.heads, shape.dim)
-    dtype = getattr(torch, shape.dtype)
-    q, k, v = torch.randn(size, generator=generator, device=device, dtype=dtype).unbind(2)
-    dout = torch.randn(q.shape, generator=generator, device=device, dtype=dtype)
-    return q, k, v, dout
+    draw = partial(torch.randn, generator=generator, device=device, dtype=getattr(torch, shape.dtype))
+    size = (shape.batch, shape.layout.total, shape.heads, shape.dim)
+    if shape.block is None:
+        q, k, v = draw(shape.batch, shape.layout.total, 3, shape.heads, shape.dim).unbind(2)
+    else:
+        rows = shape.layout.lengths[shape.block]
+        q, k, v = draw(shape.batch, rows, shape.heads, shape.dim), draw(size), draw(size)
+    return q, k, v, draw(q.shape)
 
 
 def padded(inputs: Inputs, shape: Shape, pad: int | None) -> Inputs:
     if pad is None:
         return inputs
     return tuple(F.pad(x, (0, pad - shape.dim)) for x in inputs)  # type: ignore[return-value]
-
-
-PHASES = ("forward", "forward + backward")
 
 
 def prepared(method: Method, sets: list[Inputs], phase: str) -> Prepare:
@@ -298,6 +416,8 @@ def prepared(method: Method, sets: list[Inputs], phase: str) -> Prepare:
         q, k, v, dout = sets[i % len(sets)]
         if phase == "forward + backward":
             return lambda: method.forward_backward(q, k, v, dout)
+        if phase == "backward":
+            return method.recorded(q, k, v, dout)[1]
 
         def forward() -> object:
             with torch.no_grad():
@@ -308,18 +428,21 @@ def prepared(method: Method, sets: list[Inputs], phase: str) -> Prepare:
     return prepare
 
 
+_RESULTS = {"forward": slice(0, 1), "backward": slice(1, 4), "forward + backward": slice(0, 4)}
+
+
 def _exact(inputs: Inputs, shape: Shape, mask: Mask) -> list[Tensor]:
     with use_backend("eager"):
-        method = Whole(lambda q, k, v: block_attention(q, k, v, shape.layout, mask))
+        method = Whole(_ours(shape, mask))
         return [x.detach() for x in method.forward_backward(*(x.float() for x in inputs))]
 
 
-def _checked(prepare: Prepare, exact: list[Tensor], dim: int) -> Prepare:
+def _checked(prepare: Prepare, exact: list[Tensor], dim: int, phase: str) -> Prepare:
     """`prepare`, if its results for the first set of inputs are right."""
     got: Any = prepare(0)()
     tensors = got if isinstance(got, tuple) else (got,)
-    many = len(tensors)
-    check_results([x.detach()[..., :dim] for x in tensors], exact[:many], ("out", "dq", "dk", "dv")[:many])
+    which = _RESULTS[phase]
+    check_results([x.detach()[..., :dim] for x in tensors], exact[which], ("out", "dq", "dk", "dv")[which])
     return prepare
 
 
@@ -334,98 +457,147 @@ def compare(rec: Recorder, shape: Shape, mask: Mask, candidates: list[Candidate]
     plain = [first, *(make_inputs(shape, rec.device, seed) for seed in range(1, count))]
     pads = {candidate.pad for candidate in candidates}
     sets = {pad: [padded(inputs, shape, pad) for inputs in plain] for pad in pads}
-    ready: dict[str, dict[str, Prepare]] = {phase: {} for phase in PHASES}
+    ready: dict[str, dict[str, Prepare]] = {phase: {} for phase in shape.phases}
     for candidate in candidates:
         method = rec.attempt(f"{where} {candidate.name}", candidate.build, candidate.seconds, candidate.ours)
         if method is None:
             continue
-        for phase in PHASES:
-            checked = partial(_checked, prepared(method, sets[candidate.pad], phase), exact, shape.dim)
+        for phase in candidate.phases(shape):
+            made = prepared(method, sets[candidate.pad], phase)
+            checked = partial(_checked, made, exact, shape.dim, phase)
             prepare = rec.attempt(f"{where} {candidate.name} {phase}", checked, ours=candidate.ours)
             if prepare is None:
                 break
             ready[phase][candidate.name] = prepare
-    for phase in PHASES:
+    for phase in shape.phases:
         times = rec.measure(f"{where} {phase}", ready[phase])
         if times:
             _record(rec, shape, mask, phase, times)
 
 
 def _record(rec: Recorder, shape: Shape, mask: Mask, phase: str, times: dict[str, dict[str, float]]) -> None:
-    forward = 4 * shape.dim * shape.layout.area(mask) * shape.batch * shape.heads
-    operations = forward if phase == "forward" else 3.5 * forward
+    pairs = shape.layout.area(mask, shape.block)
+    operations = PHASES[phase] * 4 * shape.dim * pairs * shape.batch * shape.heads
     for time in times.values():
         time["tflops"] = operations / time["ms"] / 1e9
         time["percent"] = rec.settings.percent("matmul", time["tflops"])  # type: ignore[assignment]
-    mine = [name for name in times if name.startswith("ours")]
-    peers = [name for name in times if name not in mine]
-    best = min(peers, key=lambda name: times[name]["ms"], default=None)
-    ours = next(iter(mine), None)  # what is chosen by default
-    ratio = times[best]["ms"] / times[ours]["ms"] if best and ours else None
-    line = f"{shape} {mask} {phase}: " + ", ".join(
+    where = f"{shape} {mask}"
+    others = [peer.name for peer in peers(shape, mask, rec.device) if phase in peer.phases(shape)]
+    line = f"{where} {phase}: " + ", ".join(
         f"{name} {time['ms']:.3f} ms {time['tflops']:.0f} TFLOP/s" for name, time in times.items()
     )
-    rec.row(line, shape=asdict(shape), label=str(shape), mask=mask, phase=phase, times=times, ours=ours,
-            best_peer=best, ratio=ratio)  # fmt: skip
+    rec.row(line, shape={**asdict(shape), "layout": shape.layout.lengths}, label=str(shape), mask=mask,
+            phase=phase, **compared(rec, where, times, others, PHASES))  # fmt: skip
 
 
-# (L, B): 32768 tokens a call fill the chip.
-_FILLING = ((256, 32), (1024, 8), (4096, 2))
+# (L, B): 32768 tokens a call fill the chip. The most telling first.
+_FILLING = ((1024, 8), (256, 32), (4096, 2))
 
 
 def shapes(quick: bool, dim: int = 72, batch: int | None = None) -> list[Shape]:
     if quick:
-        return [Shape(2, 2, 16, 2, 24)]
-    return [Shape(batch or b, 4, length, 16, dim) for length, b in _FILLING]
+        return [Shape(batch or 2, BlockLayout.uniform(2, 16), 2, dim // 24 * 8)]
+    return [Shape(batch or b, BlockLayout.uniform(4, length), 16, dim) for length, b in _FILLING]
 
 
-def attention(rec: Recorder) -> None:
-    """The most telling comparisons first: what is left out when time runs out is the least."""
+def cached_shapes(quick: bool) -> list[Shape]:
+    """The last of DiT-XL/2's four steps. With one sample the kernel shares the keys out among programs."""
+    layout, heads, dim = (
+        (BlockLayout.uniform(2, 16), 2, 24) if quick else (BlockLayout.uniform(4, 256), 16, 72)
+    )
+    return [Shape(batch, layout, heads, dim, block=layout.blocks - 1) for batch in (1, 64)]
 
-    def everything(shape: Shape, mask: Mask, every_pad: bool = False) -> None:
-        flex = [flex_candidate(shape, mask, rec.device)]
-        if rec.device == "cuda" and shape.dim not in (64, 128):
-            flex.append(flex_candidate(shape, mask, rec.device, tile=_FLEX_TILE))
-        ours = our_candidates(shape, mask, rec.device)
-        compare(rec, shape, mask, [*ours, *dense_candidates(shape, mask, every_pad), *flex])
 
-    def in_tf32(shape: Shape, mask: Mask) -> None:
-        """Our backends against each other: the kernel is chosen where TF32 products are allowed."""
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        try:
-            compare(rec, shape, mask, our_candidates(shape, mask, rec.device))
-        finally:
-            torch.set_float32_matmul_precision(before)
+Comparison = tuple[Shape, Mask, Callable[[], list[Candidate]]]
+"""And the candidates."""
 
-    def with_flex(shape: Shape, mask: Mask, **options: Any) -> None:
-        flex = flex_candidate(shape, mask, rec.device, **options)
-        compare(rec, shape, mask, [*our_candidates(shape, mask, rec.device)[:1], flex])
 
-    for name, (module, _) in PACKAGES.items():
-        if not installed(module):
-            rec.error(name, "not installed, or its package does not import")
-    plan: list[tuple[Callable[..., None], Shape, Mask, dict[str, Any], float]] = []
-    first, *others = shapes(True) if rec.quick else [shapes(False)[i] for i in (1, 0, 2)]
-    middle_first = [first, *others]
-    plan += [(everything, shape, "causal", {"every_pad": shape == first}, 5) for shape in middle_first]
-    if not rec.quick:
-        plan += [(with_flex, first, "causal", {"autotune": True}, 60)]
-    plan += [(everything, shape, "diagonal", {}, 5) for shape in middle_first]
-    plan += [(in_tf32, replace(first, dtype="float32"), "causal", {}, 5)]
-    if not rec.quick:
-        plan += [(with_flex, shape, "causal", {"autotune": True}, 60) for shape in others]
-        plan += [(everything, shape, "causal", {}, 5) for shape in shapes(False, 72, 1)]
-        plan += [(everything, shape, "causal", {}, 5) for dim in (64, 128) for shape in shapes(False, dim)]
-        plan += [(with_flex, shape, "causal", {"block": 256}, 15) for shape in middle_first]
-        plan += [(with_flex, shape, "causal", {"pad": 128}, 15) for shape in middle_first]
-        plan += [(with_flex, s, "causal", {"block": 256, "autotune": True}, 60) for s in middle_first]
-        plan += [(everything, shape, "diagonal", {}, 5) for dim in (64, 128) for shape in shapes(False, dim)]
-        plan += [(everything, shape, "diagonal", {}, 5) for shape in shapes(False, 72, 1)]
-        plan += [(everything, s, "causal", {}, 5) for dim in (64, 128) for s in shapes(False, dim, 1)]
-    for run, shape, mask, options, needs in plan:
-        what = " ".join([str(shape), mask, *(f"{k} {v}" for k, v in options.items())])
-        rec.attempt(what, partial(run, shape, mask, **options), needs)
+def _run(rec: Recorder, plan: list[Comparison]) -> None:
+    for shape, mask, candidates in plan:
+        chosen = candidates()
+        # 5 seconds for inputs, the reference and the times of what could be built.
+        needs = 5 + min((c.seconds for c in chosen if not c.ours), default=0)
+        what = f"{shape} {mask}, {len(chosen)} methods"
+        rec.attempt(what, partial(compare, rec, shape, mask, chosen), needs)
         torch.compiler.reset()
         if rec.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def _quick_ones(rec: Recorder, shape: Shape, mask: Mask) -> Comparison:
+    """Everything that takes no minute to build."""
+
+    def candidates() -> list[Candidate]:
+        found = [*our_candidates(shape, mask, rec.device), *dense_candidates(shape, mask)]
+        if shape.block is None:
+            best = flex_settings(shape, rec.device)[0]
+            found.append(flex_candidate(shape, mask, rec.device, **best))
+        return found
+
+    return shape, mask, candidates
+
+
+def _against(rec: Recorder, shape: Shape, mask: Mask, others: list[Candidate]) -> Comparison:
+    """Ours by default against some."""
+    return shape, mask, lambda: [*our_candidates(shape, mask, rec.device)[:1], *others]
+
+
+def _flex_against(rec: Recorder, shape: Shape, **options: Any) -> Comparison:
+    return _against(rec, shape, "causal", [flex_candidate(shape, "causal", rec.device, **options)])
+
+
+def attention(rec: Recorder) -> None:
+    for name, (module, _) in PACKAGES.items():
+        if not installed(module):
+            rec.error(name, "not installed, or its package does not import")
+    made = shapes(rec.quick)
+    known = {c.name for c in dense_candidates(made[0], "causal")}
+    pads = [c for c in dense_candidates(made[0], "causal", every_pad=True) if c.name not in known]
+    plan = [_quick_ones(rec, shape, "causal") for shape in made]
+    plan += [_quick_ones(rec, shape, "causal") for shape in cached_shapes(rec.quick)]
+    if flex_settings(made[0], rec.device)[0] != {}:
+        plan += [_flex_against(rec, shape) for shape in made]
+    plan += [_against(rec, made[0], "causal", pads)] if pads else []
+    _run(rec, plan)
+
+
+def attention_tuned(rec: Recorder) -> None:
+    settings = [s for s in flex_settings(shapes(rec.quick)[0], rec.device) if s and "tile" not in s]
+    settings.sort(key=lambda s: s != {"autotune": True})
+    settings = settings[:1] if rec.quick else settings
+    _run(rec, [_flex_against(rec, shape, **s) for s in settings for shape in shapes(rec.quick)])
+
+
+def attention_masks(rec: Recorder) -> None:
+    first = shapes(rec.quick)[0]
+    # The sum is 4 * 1024 again, and no tile divides a block.
+    unequal = replace(first, layout=BlockLayout((3, 1, 12) if rec.quick else (100, 300, 1100, 2596)))
+    plan = [_quick_ones(rec, first, "diagonal"), _quick_ones(rec, unequal, "causal")]
+    plan += [_quick_ones(rec, first, mask) for mask in MASKS if mask not in ("causal", "diagonal")]
+    _run(rec, plan)
+    # Our backends against each other: the kernel is chosen where TF32 products are allowed.
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        wide = replace(first, dtype="float32")
+        _run(rec, [(wide, "causal", lambda: our_candidates(wide, "causal", rec.device))])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    diagonal = [shape for dim in (72, 64, 128) for shape in shapes(rec.quick, dim)][1:]
+    _run(rec, [_quick_ones(rec, shape, "diagonal") for shape in diagonal[: 0 if rec.quick else None]])
+
+
+def attention_sizes(rec: Recorder) -> None:
+    sizes = [(64, None)] if rec.quick else [(72, 1), (64, None), (128, None)]
+    chosen = [shape for dim, batch in sizes for shape in shapes(rec.quick, dim, batch)]
+    _run(rec, [_quick_ones(rec, shape, "causal") for shape in chosen])
+
+
+def attention_single(rec: Recorder) -> None:
+    plan: list[tuple[int, Mask]] = [
+        (64, "causal"),
+        (128, "causal"),
+        *((dim, "diagonal") for dim in (72, 64, 128)),
+    ]
+    _run(rec, [_quick_ones(rec, shape, mask) for dim, mask in (plan[:1] if rec.quick else plan)
+               for shape in shapes(rec.quick, dim, 1)])  # fmt: skip

@@ -1,5 +1,6 @@
 """Every operator on the real device: values and all gradients against the float64 reference, two runs bitwise
-equal, torch.compile without graph breaks, CUDA graphs.
+equal, and, of the kernels, a CUDA graph's replay equal to the plain call. Some cases also go through
+torch.compile without graph breaks, and two have tensors of more than 2^31 elements.
 
 An error's root mean square is measured in machine epsilons of the dtype times the root mean square of the
 exact tensor, which is stricter than the unit of tests/ard_kernels/conftest.py: over a thousand keys, values
@@ -16,8 +17,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +52,8 @@ _NEGLIGIBLE_TF32, _LARGEST_TF32 = 3.0 * _TF32, 6.0 * _TF32
 class Case:
     """One operator on one set of inputs."""
 
+    family: str
+    """"attention" or "adaln"."""
     group: str
     """Cases of one group use the same compiled kernels: one process runs them all."""
     name: str
@@ -60,7 +64,13 @@ class Case:
     tf32: bool = False
     """Products of float32 operands are formed in TF32 on a GPU."""
     thorough: bool = False
-    """Beside values and gradients: determinism, torch.compile and CUDA graphs."""
+    """With torch.compile; and of the eager backend, too, a CUDA graph, if it is `captured`."""
+    captured: bool = True
+    """The eager backend can be recorded: it copies no lengths to the GPU on the way."""
+    samples: int = 1
+    """The operator gets the inputs as the last of so many samples."""
+    gigabytes: float = 0.0
+    """Of free memory on the GPU, or the case is left out."""
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -90,19 +100,26 @@ def _group(dim: int, dtype: torch.dtype, mask: Mask) -> str:
 
 
 def attention_case(
-    layout: BlockLayout, mask: Mask, dim: int, dtype: torch.dtype, thorough: bool, batch: int = 2
+    layout: BlockLayout,
+    mask: Mask,
+    dim: int,
+    dtype: torch.dtype,
+    thorough: bool,
+    batch: int = 2,
+    heads: int = 2,
 ) -> Case:
     def inputs(device: str, seed: int) -> tuple[Tensor, ...]:
-        return (_randn(device, seed, dtype, batch, layout.total, 3, 2, dim),)
+        return (_randn(device, seed, dtype, batch, layout.total, 3, heads, dim),)
 
     return Case(
+        "attention",
         _group(dim, dtype, mask),
         f"block_attention {mask} {layout.lengths} Dh{dim} {_name(dtype)}",
         inputs,
         _attention(ard_kernels, layout, mask),
         _attention(reference, layout, mask),
-        dtype == torch.float32,
-        thorough,
+        tf32=dtype == torch.float32,
+        thorough=thorough,
     )
 
 
@@ -122,13 +139,14 @@ def cached_case(
         )
 
     return Case(
+        "attention",
         _group(dim, dtype, mask),
         f"cached_block_attention {mask} block {block} of {layout.lengths} Dh{dim} {_name(dtype)}",
         inputs,
         _cached(ard_kernels, layout, block, mask),
         _cached(reference, layout, block, mask),
-        dtype == torch.float32,
-        thorough,
+        tf32=dtype == torch.float32,
+        thorough=thorough,
     )
 
 
@@ -141,27 +159,75 @@ def _adaln(module: Any, operator: str, layout: BlockLayout) -> Function:
     return lambda x, h, table: function(x, h, table[:, :, 2], table[:, :, 3], table[:, :, 4], layout)
 
 
+OPERATORS = ("gated_residual_adaln", "adaln", "gated_residual")
+
+
 def adaln_case(
-    operator: str, layout: BlockLayout, width: int, dtypes: tuple[torch.dtype, ...], thorough: bool
+    operator: str,
+    layout: BlockLayout,
+    width: int,
+    dtypes: tuple[torch.dtype, ...],
+    thorough: bool,
+    batch: int = 2,
 ) -> Case:
     """`dtypes`: of the residual stream, the branch and the packed (B, S, 6, D) table."""
 
     def inputs(device: str, seed: int) -> tuple[Tensor, ...]:
-        size = (2, layout.total, width)
+        size = (batch, layout.total, width)
         x, h = (_randn(device, 2 * seed + i, dtypes[i], *size) for i in range(2))
-        table = _randn(device, seed + 7, dtypes[2], 2, layout.blocks, 6, width)
+        table = _randn(device, seed + 7, dtypes[2], batch, layout.blocks, 6, width)
         return (x, table) if operator == "adaln" else (x, h, table)
 
     kinds = "/".join(_name(dtype) for dtype in dtypes)
     short = layout.lengths if layout.blocks < 10 else f"{layout.blocks} of {layout.lengths[0]}"
     return Case(
+        "adaln",
         f"adaln {width} {kinds}",
         f"{operator} {short} D{width} {kinds}",
         inputs,
         _adaln(ard_kernels, operator, layout),
         _adaln(reference, operator, layout),
         thorough=thorough,
+        captured=layout.is_uniform,
     )
+
+
+# A block of a cached step that the kernel shares out among programs (`attention_triton._parts` is 2 or more),
+# with a tile that ends in the middle.
+SPLIT = BlockLayout((33, 1, 260))
+
+
+def small_cases() -> list[Case]:
+    """Every operator on small shapes, for a memory checker: they are among `cases`, where their kernels are
+    compiled by many processes."""
+    bf16 = torch.bfloat16
+    ragged = BlockLayout((33, 1, 70))
+    made = [
+        attention_case(layout, mask, dim, dtype, False, batch=1)
+        for dim, dtype in ((72, bf16), (40, torch.float16), (128, torch.float32))
+        for layout in (ragged, BlockLayout.uniform(2, 128))
+        for mask in MASKS
+    ]
+    made += [cached_case(SPLIT, 2, mask, 72, bf16, False) for mask in MASKS]
+    return made + [
+        adaln_case(operator, layout, width, (bf16,) * 3, False)
+        for width, layout in ((200, ragged), (200, BlockLayout((1,) * 5)), (384, ragged))
+        for operator in OPERATORS
+    ]
+
+
+def large_cases(quick: bool) -> list[Case]:
+    """Tensors of more than 2^31 elements: 1900 samples of 1024 tokens of width 1152. Most of the memory is
+    the packed qkv, its gradient and that of its parts, 13.4 GB each; for adaLN ten tensors of 4.5 GB."""
+    layout = BlockLayout.uniform(2, 4) if quick else BlockLayout.uniform(4, 256)
+    many: dict[str, Any] = {"samples": 3} if quick else {"samples": 1900, "gigabytes": 60, "group": "large"}
+    made = (
+        attention_case(layout, "causal", 24 if quick else 72, torch.bfloat16, False, 1, 2 if quick else 16),
+        adaln_case("gated_residual_adaln", layout, 64 if quick else 1152, (torch.bfloat16,) * 3, False, 1),
+    )
+    return [
+        replace(case, name=f"{case.name}, the last of {many['samples']} samples", **many) for case in made
+    ]
 
 
 def cases(quick: bool) -> list[Case]:
@@ -170,11 +236,14 @@ def cases(quick: bool) -> list[Case]:
     dtypes = (bf16, f32) if quick else (bf16, f32, f16)
     ragged = BlockLayout((3, 1, 6)) if quick else BlockLayout((64, 1, 200, 37, 130))
     uniform = BlockLayout.uniform(2, 8) if quick else BlockLayout.uniform(4, 256)
+    # torch.compile takes seconds a case: DiT-XL's head dim with every mask, others with one.
+    others: tuple[Any, ...] = ((64, f16, "window"), (128, bf16, "causal"), (128, f32, "anchor"))
+    traced = {(24, bf16, "causal")} if quick else {*((72, bf16, mask) for mask in MASKS), *others}
     made = []
     for dim in (24,) if quick else (72, 64, 128):
         for dtype in dtypes:
             for mask in MASKS:
-                thorough = dtype == bf16 and (mask == "causal" if quick else dim == 72)
+                thorough = (dim, dtype, mask) in traced
                 made += [attention_case(layout, mask, dim, dtype, thorough) for layout in (uniform, ragged)]
             for mask in MASKS[:1] if quick else MASKS:
                 made += [
@@ -194,18 +263,22 @@ def cases(quick: bool) -> list[Case]:
     for width in (64,) if quick else (1152, 384, 4096, 200):
         for kinds in mixes[:2] if quick else mixes:
             for layout in layouts if width in (64, 1152) else layouts[1:2]:
-                made += [
-                    adaln_case(operator, layout, width, kinds, width == 1152 and layout is uniform)
-                    for operator in ("gated_residual_adaln", "adaln", "gated_residual")
-                ]
-    return made
+                for operator in OPERATORS:
+                    with_ragged = operator == "gated_residual_adaln"  # made of the other two
+                    thorough = layout is uniform or (layout is ragged and with_ragged)
+                    made.append(adaln_case(operator, layout, width, kinds, width == 1152 and thorough))
+    return [*made, *([] if quick else small_cases()), *large_cases(quick)]
 
 
 def with_backends(made: list[Case], device: str) -> list[tuple[Case, str]]:
-    """Every case with every backend that takes its inputs on the device."""
+    """Every case with every backend that takes its inputs on the device. What needs a large GPU is for the
+    kernels: the eager backend would need more of it."""
     torch.set_float32_matmul_precision("high")  # the Triton backend's condition for float32 attention
     return [
-        (case, name) for case in made for name in backends(case.group.split()[0], *case.inputs(device, 0))
+        (case, name)
+        for case in made
+        for name in backends(case.family, *case.inputs(device, 0))
+        if name != "eager" or not case.gigabytes
     ]
 
 
@@ -262,18 +335,37 @@ def check(case: Case, backend: str, device: str) -> list[tuple[float, float]]:
             yardstick = evaluate(case.operator, inputs, dtype)
     with use_backend(backend):
         _poison(device)
+        if case.samples > 1:
+            return judge(evaluate(_last_of(case), inputs, dtype), exact, yardstick, case.tf32)
         errors = judge(evaluate(case.operator, inputs, dtype), exact, yardstick, case.tf32)
+        with _deterministic():
+            first, second = (evaluate(case.operator, inputs, dtype) for _ in range(2))
+        judge(first, exact, yardstick, case.tf32)
+        _same(first, second, "two deterministic runs")
         if case.thorough:
-            with _deterministic():
-                first, second = (evaluate(case.operator, inputs, dtype) for _ in range(2))
-                judge(first, exact, yardstick, case.tf32)
-                _same(first, second, "two deterministic runs")
             torch.compiler.reset()
             fused = compiled(case.operator, device, fullgraph=True, dynamic=False)
             judge(evaluate(fused, inputs, dtype), exact, yardstick, case.tf32)
-            if device == "cuda":
-                _check_graph(case, device)
+        if device == "cuda" and (backend != "eager" or (case.thorough and case.captured)):
+            _check_graph(case, device)
     return errors
+
+
+def _last_of(case: Case) -> Function:
+    """The operator on the last of case.samples samples: the inputs, of one sample, follow random ones."""
+
+    def among(x: Tensor) -> Tensor:
+        generator = torch.Generator(x.device).manual_seed(9)
+        others = torch.randn(
+            case.samples - 1, *x.shape[1:], generator=generator, device=x.device, dtype=x.dtype
+        )
+        return torch.cat([others, x])
+
+    def last(*inputs: Tensor) -> tuple[Tensor, ...]:
+        outs = case.operator(*(among(x) for x in inputs))
+        return tuple(out[-1:] for out in ((outs,) if isinstance(outs, Tensor) else outs))
+
+    return last
 
 
 def _check_graph(case: Case, device: str) -> None:
@@ -329,7 +421,8 @@ def _poison(device: str) -> None:
             _ = [torch.full((size,), torch.nan, device=device) for _ in range(count)]
 
 
-_THOROUGH = 30.0  # seconds that one may take on a GPU, most of them compiling
+# Seconds that a case may take on a GPU. A kernel compiles in less than one; torch.compile takes the rest.
+_THOROUGH, _PLAIN = 30.0, 5.0
 
 
 def correctness(rec: Recorder) -> None:
@@ -339,38 +432,53 @@ def correctness(rec: Recorder) -> None:
     # The graphs are tiny, and every process of this section would start a compiler on every core.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     index, count = rec.settings.share
-    groups = list(dict.fromkeys(case.group for case in cases(rec.quick)))
+    made = cases(rec.quick)
+    compiling = Counter(case.group for case in made if case.thorough)
+    groups = sorted(dict.fromkeys(case.group for case in made), key=lambda group: -compiling[group])
     mine = set(groups[index::count])
-    todo = with_backends([case for case in cases(rec.quick) if case.group in mine], rec.device)
+    todo = with_backends([case for case in made if case.group in mine and _fits(rec, case)], rec.device)
     todo.sort(key=lambda one: not one[0].thorough)  # the longest first: torch.compile makes their code
-    done = 0
-    skipped: list[str] = []
+    rec.total = len(todo)
     for case, backend in todo:
-        if rec.left() < (_THOROUGH if case.thorough and rec.device == "cuda" else 3):
-            skipped.append(f"{backend} {case.name}")
+        name = f"{backend} {case.name}"
+        needs = 0.0 if rec.device == "cpu" else _THOROUGH if case.thorough else _PLAIN
+        if rec.left() < needs:
+            rec.omitted.append(name)
             continue
-        rec.doing = f"{backend} {case.name}"
+        rec.doing = name
         rec.save()
         try:
             errors = check(case, backend, rec.device)
             if rec.device == "cuda":
                 torch.cuda.synchronize()
         except Exception as error:  # whatever a kernel does, it is a failure
-            rec.fail(f"{backend} {case.name}", error)
+            rec.fail(name, error)
             if not _device_works(rec.device):
                 rec.fail("device", "lost after this failure; the rest of this process's cases was not run")
                 break
         else:
             rec.rows.append({"backend": backend, "case": case.name, "thorough": case.thorough,
                              "largest": [e[0] for e in errors], "rms": [e[1] for e in errors]})  # fmt: skip
-        done += 1
-        if done % 20 == 0:
-            rec.say(f"{done} of {len(todo)} cases, {len(rec.failures)} failed")
+        rec.done += 1
+        if case.gigabytes:
+            torch.cuda.empty_cache()
+        if rec.done % 20 == 0:
+            rec.say(f"{rec.done} of {rec.total} cases, {len(rec.failures)} failed")
     rec.doing = ""
-    if skipped:
-        rec.omit(f"{len(skipped)} of {len(todo)} cases, the first {skipped[0]}")
     rec.save()
-    rec.say(f"{done} of {len(todo)} cases done, {len(rec.failures)} failed")
+    rec.say(
+        f"{rec.done} of {rec.total} cases done, {len(rec.failures)} failed, {len(rec.omitted)} had no time"
+    )
+
+
+def _fits(rec: Recorder, case: Case) -> bool:
+    """Whether the GPU has the memory for it; if not, it is named."""
+    if not case.gigabytes:
+        return True
+    free = torch.cuda.mem_get_info()[0] / 1e9
+    if free < case.gigabytes:
+        rec.error(case.name, f"needs {case.gigabytes:.0f} GB of the GPU's memory, free are {free:.0f}")
+    return free >= case.gigabytes
 
 
 def _device_works(device: str) -> bool:
@@ -384,22 +492,8 @@ def _device_works(device: str) -> bool:
 
 
 def touch_everything(device: str) -> None:
-    """Every operator forward and backward on small shapes, in our backends: for a memory checker."""
-    ragged = BlockLayout((33, 1, 70))
-    made = [
-        attention_case(layout, mask, dim, dtype, False, batch=1)
-        for dim, dtype in ((72, torch.bfloat16), (40, torch.float16), (128, torch.float32))
-        for layout in (ragged, BlockLayout.uniform(2, 128))
-        for mask in MASKS
-    ]
-    made += [cached_case(ragged, 2, mask, 72, torch.bfloat16, False) for mask in MASKS]
-    made += [
-        adaln_case(operator, layout, 200, (torch.bfloat16,) * 3, False)
-        for operator in ("gated_residual_adaln", "adaln", "gated_residual")
-        for layout in (ragged, BlockLayout((1,) * 5))
-    ]
-    made += [adaln_case(operator, ragged, 384, (torch.bfloat16,) * 3, False)
-             for operator in ("gated_residual_adaln", "adaln", "gated_residual")]  # fmt: skip
+    """The small cases forward and backward, in our backends: for a memory checker."""
+    made = small_cases()
     for case, name in with_backends(made, device):
         if name != "eager":
             inputs = case.inputs(device, 0)

@@ -1,12 +1,8 @@
-"""The whole model: a training step against the straightforward student, and sampling with and without
-history."""
+"""The whole model: a training step against the straightforward student."""
 
 from __future__ import annotations
 
-import copy
 import gc
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,8 +13,6 @@ from torch.nn import functional as F
 
 from ard.costs import student_macs
 from ard.models import ARDTransformer, DiT
-from ard.models.student import student_times
-from ard.sampling import sample
 from benchmarks.common import medians
 from benchmarks.suite.record import Recorder, compiled
 from benchmarks.train_step import StraightforwardARD, random_student, training_step
@@ -77,15 +71,24 @@ Make = Callable[[], nn.Module]
 
 
 def training(rec: Recorder) -> None:
+    rec.attempt("same function", partial(_same_function, rec), ours=True)
+    _release(rec.device)
+    _training(rec, under_compile=False)
+
+
+def training_compiled(rec: Recorder) -> None:
+    _training(rec, under_compile=True)
+
+
+def _training(rec: Recorder, under_compile: bool) -> None:
     """Both sides get autocast to bfloat16 over float32 weights and a fused AdamW.
 
-    The largest batch that fits the baseline is the one both are compared at; ours is also timed at its own.
+    The largest batch that fits the baseline is the one both are compared at; without torch.compile, ours is
+    also timed at its own.
     """
     ours: Make = partial(make_student, rec.device, rec.quick, HISTORY)
     baseline: Make = partial(make_baseline, rec.device, rec.quick, HISTORY)
     config = student_config(rec.quick)
-    rec.attempt("same function", partial(_same_function, rec), ours=True)
-    _release(rec.device)
     limits: dict[str, int] = {}
     for name, make in (("baseline", baseline), ("ours", ours)):
         find = partial(_largest_batch, rec, make, config)
@@ -94,11 +97,10 @@ def training(rec: Recorder) -> None:
             limits[name] = found
         _release(rec.device)
     common = min(limits.values(), default=0)
-    runs = [("baseline", baseline, common, False), ("ours", ours, common, False)]
-    if limits.get("ours", 0) > common:
-        runs.append(("ours", ours, limits["ours"], False))
-    runs += [("ours", ours, common, True), ("baseline", baseline, common, True)]
-    for name, make, batch, under_compile in runs if common else ():
+    runs = [("ours", ours, common), ("baseline", baseline, common)]
+    if limits.get("ours", 0) > common and not under_compile:
+        runs.append(("ours", ours, limits["ours"]))
+    for name, make, batch in runs if common else ():
         what = f"{name}, batch {batch}{', torch.compile' if under_compile else ''}"
         needs = 0 if rec.quick else 60 if under_compile else 10  # 28 layers compile for about a minute
         timed = partial(_time_training, rec, make, config, batch, under_compile)
@@ -176,89 +178,3 @@ def _time_training(
     seconds = medians({"step": step}, 3 if rec.quick else 7)["step"]
     peak = torch.cuda.max_memory_allocated() / 1e9 if rec.device == "cuda" else 0.0
     return seconds, peak
-
-
-# Sampling
-
-
-def sampling(rec: Recorder) -> None:
-    """Latency of 4 steps, from the call to the result on the device: what a user waits for."""
-    students = {n: make_sampler(rec.device, rec.quick, n) for n in (0, HISTORY)}
-    work = [student_macs(student.config).total for student in students.values()]
-    flops = 100 * (work[1] / work[0] - 1)
-    for batch in (1, 2) if rec.quick else (1, 64):
-        data = {n: sampling_data(student, batch, rec.device) for n, student in students.items()}
-        kinds = ["eager", *(["cuda graph"] if rec.device == "cuda" else [])]
-        if rec.device == "cuda":
-            rec.attempt(f"batch {batch}: graph", partial(_same_bits, students, data), ours=True)
-        for kind in kinds:
-            run = partial(_latency, rec, students, data, kind, flops)
-            rec.attempt(f"batch {batch}, {kind}", run, 0 if rec.quick else 5, ours=True)
-    for batch in (2,) if rec.quick else (1, 64):
-        data = {n: sampling_data(student, batch, rec.device) for n, student in students.items()}
-        what, run = f"batch {batch}, compiled", partial(_latency_compiled, rec, students, data, flops)
-        rec.attempt(what, run, 0 if rec.quick else 60)
-
-
-def make_sampler(device: str, quick: bool, history: int) -> ARDTransformer:
-    """Weights in bfloat16, and the times that it is conditioned on as they are: 999 is not a bfloat16."""
-    student = make_student(device, quick, history).eval().requires_grad_(False).to(torch.bfloat16)
-    student.times = student_times(student.steps).to(device)
-    return student
-
-
-def sampling_data(student: ARDTransformer, batch: int, device: str) -> tuple[Tensor, Tensor]:
-    noise = torch.randn(batch, student.channels, *student.input_size, device=device, dtype=torch.bfloat16)
-    return noise, torch.randint(0, student.num_classes, (batch,), device=device)
-
-
-Students = dict[int, ARDTransformer]
-Data = dict[int, tuple[Tensor, Tensor]]
-
-
-def _same_bits(students: Students, data: Data) -> None:
-    for n, student in students.items():
-        eager, graph = (sample(student, *data[n], cuda_graph=on) for on in (False, True))
-        if not torch.equal(eager, graph):
-            raise ArithmeticError(f"N={n}: the CUDA graph's samples differ from the eager path's")
-
-
-def _latency(rec: Recorder, students: Students, data: Data, kind: str, flops: float) -> None:
-    """With and without history in alternation, so that their difference means something."""
-    graph = kind.endswith("cuda graph")
-    runs: dict[str, Callable[[], object]] = {
-        str(n): partial(sample, student, *data[n], cuda_graph=graph) for n, student in students.items()
-    }
-    for _ in range(2):
-        for run in runs.values():
-            run()
-    batch = len(data[0][0])
-    repeats = 3 if rec.quick else 31 if batch == 1 else 11
-    # Twice: the difference between the two is the noise of the overhead.
-    twice = [medians(runs, repeats) for _ in range(2)]
-    overheads = [100 * (times[str(HISTORY)] / times["0"] - 1) for times in twice]
-    ms = {n: 1e3 * statistics.mean(times[n] for times in twice) for n in runs}
-    with_history = ms[str(HISTORY)]
-    rec.row(f"batch {batch}, {kind}: N=0 {ms['0']:.2f} ms, N={HISTORY} {with_history:.2f} ms, history costs "
-            f"{overheads[0]:+.2f} and {overheads[1]:+.2f} % of time, {flops:.3f} % of operations",
-            batch=batch, kind=kind, ms=ms, overhead_percent=overheads, flops_percent=flops)  # fmt: skip
-
-
-def _latency_compiled(rec: Recorder, students: Students, data: Data, flops: float) -> None:
-    """Every layer compiled: one piece of code serves all layers, where a compiled model would be one for each
-    of the four steps."""
-    torch.compiler.reset()
-    # Copies have no CUDA graphs of uncompiled layers.
-    students = {n: copy.deepcopy(student) for n, student in students.items()}
-    started = time.monotonic()
-    # A layer's code is specialised to its step, to having history, and to the first layers' numbers.
-    with torch._dynamo.config.patch(recompile_limit=64):
-        for n, student in students.items():
-            for layer in student.blocks:
-                layer.forward = compiled(layer.forward, rec.device)  # type: ignore[method-assign]
-            sample(student, *data[n], cuda_graph=False)
-        rec.say(f"compiled in {time.monotonic() - started:.0f} s")
-        _latency(rec, students, data, "compiled", flops)
-        if rec.device == "cuda":
-            _latency(rec, students, data, "compiled, cuda graph", flops)
-    torch.compiler.reset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,8 +49,10 @@ class Recorder:
         self.errors: dict[str, str] = {}
         self.failures: dict[str, str] = {}
         self.omitted: list[str] = []
+        self.done, self.total = 0, 0
+        """Of the checks that this process has to make."""
         self.doing = ""
-        """For the note of a process that had to be stopped."""
+        """For the note of a process that had to be stopped, or died."""
 
     def left(self) -> float:
         """Seconds."""
@@ -87,11 +89,15 @@ class Recorder:
         if self.left() < needs:
             self.omit(what)
             return None
+        around, self.doing = self.doing, what
+        self.save()
         try:
             return run()
         except Exception as error:  # peers fail in any way they like
             (self.fail if ours else self.error)(what, error)
             return None
+        finally:
+            self.doing = around
 
     def measure(self, what: str, candidates: Mapping[str, Prepare]) -> dict[str, dict[str, Any]]:
         """The times of all by name, in turn; one that cannot be timed alone is left out."""
@@ -105,7 +111,31 @@ class Recorder:
 
     def save(self) -> None:
         write_json(self._path, {"rows": self.rows, "errors": self.errors, "failures": self.failures,
-                                "omitted": self.omitted, "doing": self.doing})  # fmt: skip
+                                "omitted": self.omitted, "done": self.done, "total": self.total,
+                                "doing": self.doing})  # fmt: skip
+
+
+def compared(
+    rec: Recorder, where: str, times: dict[str, dict[str, Any]], peers: Iterable[str], phases: Iterable[str]
+) -> dict[str, Any]:
+    """What a row says of times by method: the one of ours that is chosen by default, the best peer and its
+    ratio; and which of all `peers` it has no time of, because they `failed` in one of the phases or are
+    `missing`: not tried here, or without time."""
+    ours = next((name for name in times if name.startswith("ours")), None)
+    others = [name for name in times if not name.startswith("ours")]
+    best = min(others, key=lambda name: times[name]["ms"], default=None)
+    untimed = [name for name in peers if name not in times]
+    keys = ("{0} {1}", "{0} {1} {2}", "{0} {2} {1}, timed")
+    tried = {name: [key.format(where, name, phase) for key in keys for phase in phases] for name in untimed}
+    failed = [name for name in untimed if any(what in rec.errors for what in tried[name])]
+    return {
+        "times": times,
+        "ours": ours,
+        "best_peer": best,
+        "ratio": times[best]["ms"] / times[ours]["ms"] if best and ours else None,
+        "failed": failed,
+        "missing": [name for name in untimed if name not in failed],
+    }
 
 
 def reason(error: BaseException | str) -> str:

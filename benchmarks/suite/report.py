@@ -24,13 +24,24 @@ def _number(value: float | None, digits: int = 1, unit: str = "") -> str:
     return "" if value is None else f"{value:.{digits}f}{unit}"
 
 
+# Of what there was no time for, so many are named in the tables' notes.
+_MOST = 20
+
+
+def _family(section: str) -> str:
+    """Sections of one family have rows of one kind: "attention" and "attention_masks"."""
+    return section.partition("_")[0]
+
+
 def markdown(results: Results) -> str:
     parts = ["# GPU suite", _environment(results), "## In short", summary(results)]
     for name, section in results["sections"].items():
-        parts += [f"## {name}", *_TABLES[name](section["rows"])]
+        parts += [f"## {name}", *_TABLES[_family(name)](section["rows"])]
         notes = [f"- FAILED {what}: {why}" for what, why in section["failures"].items()]
         notes += [f"- could not run: {what}: {why}" for what, why in section["errors"].items()]
-        notes += [f"- no time left for {what}" for what in section["omitted"]]
+        notes += [f"- no time left for {what}" for what in section["omitted"][:_MOST]]
+        if len(section["omitted"]) > _MOST:
+            notes.append(f"- and for {len(section['omitted']) - _MOST} more, which the JSON names")
         if notes:
             parts.append("\n".join(notes))
     return "\n\n".join(parts) + "\n"
@@ -42,30 +53,44 @@ def _environment(results: Results) -> str:
 
 def summary(results: Results) -> str:
     """The essence of every section that ran."""
-    lines = []
-    for name, section in results["sections"].items():
-        if name in _SUMMARIES:
-            lines += _SUMMARIES[name](section["rows"])
+    sections = results["sections"]
+    families: dict[str, list[dict[str, Any]]] = {}
+    for name, section in sections.items():
+        families.setdefault(_family(name), []).extend(section["rows"])
+    lines = [line for family, rows in families.items() if family in _SUMMARIES
+             for line in _SUMMARIES[family](rows)]  # fmt: skip
+    for name, section in sections.items():
         failed, errors, omitted = (len(section[kind]) for kind in ("failures", "errors", "omitted"))
+        counts = f"{failed} FAILED, {omitted} had no time, {errors} could not run"
         if name == "correctness":
-            lines.append(f"correctness: {len(section['rows'])} checks passed, {failed} FAILED, "
-                         f"{omitted} omitted, {errors} not possible here")  # fmt: skip
-            lines += [f"  FAILED {what}: {why}" for what, why in list(section["failures"].items())[:10]]
+            lines.append(f"correctness: {section['done']} of {section['total']} checks done, {counts}")
         elif failed or errors or omitted:
-            lines.append(f"{name}: {failed} failed, {errors} could not run, {omitted} omitted")
-            lines += [f"  FAILED {what}: {why}" for what, why in section["failures"].items()]
+            lines.append(f"{name}: {counts}")
+        lines += [f"  FAILED {what}: {why}" for what, why in list(section["failures"].items())[:10]]
+        lines += [f"  stopped at its time limit: {job}" for job in section["stopped"]]
     return "\n".join(["```", *lines, "```"])
 
 
 def best_of(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Of rows about the same shape, mask and phase, the one whose peer comes closest: a row's ratio compares
-    times that were taken in alternation."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    times that were taken in alternation. Besides, how many peers were `timed` in these rows, `of` how many
+    that are not known to fail: what was not timed might come closer."""
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        key = (row["label"], row.get("mask"), row["phase"])
-        if row["ratio"] is not None and (key not in found or row["ratio"] < found[key]["ratio"]):
-            found[key] = row
-    yield from found.values()
+        alike.setdefault((row["label"], row.get("mask"), row["phase"]), []).append(row)
+    for same in alike.values():
+        rated = [row for row in same if row["ratio"] is not None]
+        if rated:
+            timed = {name for row in same for name in row["times"] if not name.startswith("ours")}
+            untimed = {name for row in same for name in row["missing"]} - timed
+            untimed -= {name for row in same for name in row["failed"]}
+            closest: dict[str, Any] = min(rated, key=lambda row: float(row["ratio"]))
+            yield {**closest, "timed": len(timed), "of": len(timed) + len(untimed)}
+
+
+def _peer(row: dict[str, Any]) -> str:
+    some = f"{row['timed']} of {row['of']}" if row["timed"] < row["of"] else f"{row['timed']}"
+    return f"{row['best_peer']} (best of {some})"
 
 
 def _attention_summary(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -73,7 +98,7 @@ def _attention_summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in best_of(rows):
         ours, peer = row["times"][row["ours"]], row["times"][row["best_peer"]]
         cells.append([f"{row['label']} {row['mask']}", row["phase"], row["ours"], _number(ours["ms"], 3),
-                      _number(ours["tflops"], 0), _number(ours["percent"], 0, " %"), row["best_peer"],
+                      _number(ours["tflops"], 0), _number(ours["percent"], 0, " %"), _peer(row),
                       _number(peer["ms"], 3), _number(row["ratio"], 2, "x")])  # fmt: skip
     head = ["attention", "phase", "ours", "ms", "TFLOP/s", "ceiling", "best peer", "ms", "faster"]
     return [table(head, cells)] if cells else []
@@ -84,7 +109,7 @@ def _adaln_summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in best_of(rows):
         ours, peer = row["times"][row["ours"]], row["times"][row["best_peer"]]
         cells.append([row["label"], row["phase"], row["ours"], _number(ours["ms"], 4),
-                      _number(ours.get("gbs"), 0), _number(ours.get("percent"), 0, " %"), row["best_peer"],
+                      _number(ours.get("gbs"), 0), _number(ours.get("percent"), 0, " %"), _peer(row),
                       _number(peer["ms"], 4), _number(row["ratio"], 2, "x")])  # fmt: skip
     head = ["adaLN", "phase", "ours", "ms", "GB/s", "ceiling", "best peer", "ms", "faster"]
     return [table(head, cells)] if cells else []
@@ -153,6 +178,8 @@ def _times_table(rows: Sequence[dict[str, Any]], rate: str, unit: str) -> list[s
         ]  # fmt: skip
         head = ["method", "ms", "host ms", "spread", unit, "of ceiling", "time / ours"]
         parts.append(table(head, cells))
+        if row["missing"]:
+            parts.append(f"Not timed here: {', '.join(row['missing'])}.")
     return parts
 
 

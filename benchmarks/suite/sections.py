@@ -7,33 +7,59 @@ import importlib
 import json
 import multiprocessing
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.suite.record import Recorder, Settings
 
-# In the order in which they run: where the function is, and the share of the time in seconds of about 520.
+
+@dataclass(frozen=True)
+class Section:
+    module: str
+    """That has a function of the section's name."""
+    seconds: float
+    """Its share of a run's time. Of what is not essential also what it is thought to take: the sum of what
+    `Recorder.attempt` is told, and of cuDNN's plans; not measured yet."""
+    essential: bool = True
+    """Part of a run that names no sections."""
+
+
+# In the order in which they run.
 SECTIONS = {
-    "correctness": ("benchmarks.suite.correctness", 100),
-    "ceilings": ("benchmarks.suite.ceilings", 8),
-    "attention": ("benchmarks.suite.attention", 160),
-    "adaln": ("benchmarks.suite.adaln", 50),
-    "training": ("benchmarks.suite.model", 140),
-    "sampling": ("benchmarks.suite.model", 62),
+    "correctness": Section("benchmarks.suite.correctness", 120),
+    "ceilings": Section("benchmarks.suite.ceilings", 8),
+    "attention": Section("benchmarks.suite.attention", 180),
+    "adaln": Section("benchmarks.suite.adaln", 50),
+    "training": Section("benchmarks.suite.model", 100),
+    "sampling": Section("benchmarks.suite.sampling", 50),
+    "training_compiled": Section("benchmarks.suite.model", 160, essential=False),
+    "sampling_compiled": Section("benchmarks.suite.sampling", 140, essential=False),
+    "adaln_more": Section("benchmarks.suite.adaln", 340, essential=False),
+    "attention_tuned": Section("benchmarks.suite.attention", 530, essential=False),
+    "attention_sizes": Section("benchmarks.suite.attention", 340, essential=False),
+    "attention_masks": Section("benchmarks.suite.attention", 420, essential=False),
+    "attention_single": Section("benchmarks.suite.attention", 460, essential=False),
 }
-_MODULES = {**{name: module for name, (module, _) in SECTIONS.items()},
+_MODULES = {**{name: section.module for name, section in SECTIONS.items()},
             "sanitizer": "benchmarks.suite.correctness"}  # fmt: skip
 _MUST_END = ("correctness", "sanitizer")
 
 # Seconds between the end of a section's time, which it sees itself, and the end of its process.
 _GRACE = 20.0
 
+# Seconds of the correctness section that are the sanitizer's, or a quarter. It waits until the checks have
+# compiled the kernels that it runs.
+_SANITIZER = 35.0
+
 _STOPPED = "was stopped at its time limit"
 
-# Processes that divide the correctness checks: compilation of kernels is what they wait for. With the
-# sanitizer's they leave one core of 16.
+# Processes that divide the correctness checks: compilation of kernels is what they wait for. They leave two
+# cores of 16.
 _PROCESSES = 14
+
+Job = tuple[str, Settings]
+"""The name of a section, and what it is told."""
 
 
 def work(name: str, settings: Settings, path: Path, seconds: float) -> None:
@@ -52,29 +78,47 @@ def run(
 ) -> dict[str, Any]:
     """Runs a section within `seconds` and returns what it found.
 
-    `isolated`: in a process of its own, which is ended at `last` (time.monotonic) whatever it does.
+    `isolated`: in processes of its own, which are ended at `last` (time.monotonic) whatever they do.
     """
     start = time.monotonic()
-    if not isolated:
-        path = folder / f"{name}.json"
-        work(name, settings, path, seconds)
-        return {**_merged({name: path}, {}), "seconds": time.monotonic() - start}
+    paths: dict[str, Path] = {}
+    ends: dict[str, str] = {}
+    for jobs, end in stages(name, settings, seconds):
+        paths |= {job: folder / f"{job}.json" for job in jobs}
+        left = max(start + end - time.monotonic(), 0)
+        if isolated:
+            ends |= _side_by_side(jobs, paths, left, last)
+        else:
+            for job, (section, told) in jobs.items():
+                work(section, told, paths[job], left)
+    return {**_merged(paths, ends), "seconds": time.monotonic() - start}
+
+
+def stages(name: str, settings: Settings, seconds: float) -> list[tuple[dict[str, Job], float]]:
+    """Jobs that run side by side, one set after the other, and when each set must have ended."""
+    if name != "correctness" or settings.device != "cuda":
+        return [({name: (name, settings)}, seconds)]
+    shares = {
+        f"{name}-{i}": (name, replace(settings, share=(i, _PROCESSES))) for i in range(_PROCESSES)
+    }  # fmt: skip
+    checked = seconds - min(_SANITIZER, seconds / 4)
+    return [(shares, checked), ({"sanitizer": ("sanitizer", settings)}, seconds)]
+
+
+def _side_by_side(
+    jobs: dict[str, Job], paths: dict[str, Path], seconds: float, last: float
+) -> dict[str, str]:
+    """How those ended that did not end well."""
     # Forked from a process that has imported PyTorch and never touched the GPU.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "triton"])
-    jobs = {name: (name, settings)}
-    if name == "correctness":
-        shares = range(_PROCESSES)
-        jobs = {f"{name}-{i}": (name, replace(settings, share=(i, _PROCESSES))) for i in shares}
-        jobs["sanitizer"] = ("sanitizer", settings)
-    paths = {job: folder / f"{job}.json" for job in jobs}
+    deadline = min(time.monotonic() + seconds + _GRACE, last)
     processes = {
         job: context.Process(target=work, args=(*arguments, paths[job], seconds), name=job)
         for job, arguments in jobs.items()
     }
     for process in processes.values():
         process.start()
-    deadline = min(start + seconds + _GRACE, last)
     ends: dict[str, str] = {}
     for job, process in processes.items():
         process.join(max(deadline - time.monotonic(), 0))
@@ -84,26 +128,26 @@ def run(
             ends[job] = _STOPPED
         elif process.exitcode:
             ends[job] = f"ended with exit code {process.exitcode}"
-    return {**_merged(paths, ends), "seconds": time.monotonic() - start}
+    return ends
 
 
 def _merged(paths: dict[str, Path], ends: dict[str, str]) -> dict[str, Any]:
     """What all processes of a section found."""
-    found: dict[str, Any] = {"rows": [], "errors": {}, "failures": {}, "omitted": []}
+    found: dict[str, Any] = {"rows": [], "errors": {}, "failures": {}, "omitted": [], "done": 0, "total": 0}
     doing = {}
     for job, path in paths.items():
         part = json.loads(path.read_text()) if path.exists() else {}
         doing[job] = part.get("doing")
-        for key, collected in found.items():
-            if isinstance(collected, dict):
-                collected.update(part.get(key, {}))
+        for key in found:
+            if isinstance(found[key], dict):
+                found[key].update(part.get(key, {}))
             else:
-                collected.extend(part.get(key, []))
+                found[key] += part.get(key, type(found[key])())
         path.unlink(missing_ok=True)
     for job, end in ends.items():
-        # What had no time is named, and not wrong; what died may be.
-        wrong = job.startswith("correctness") and end != _STOPPED
+        # What dies among the checks has failed, and so has what hangs in one.
+        wrong = job.startswith("correctness") and (end != _STOPPED or doing[job])
         found["failures" if wrong else "errors"][f"process {job}"] = (
             f"{end}, in {doing[job]}" if doing[job] else end
         )
-    return found
+    return {**found, "stopped": [job for job, end in ends.items() if end == _STOPPED]}

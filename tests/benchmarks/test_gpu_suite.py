@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import re
+import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ard_kernels import BlockLayout, reference
+from ard_kernels import BlockLayout, reference, use_backend
 from ard_kernels.backends import attention_eager
+from ard_kernels.layout import MASKS, Mask
 from benchmarks import gpu_suite
-from benchmarks.suite import attention, correctness, sections
+from benchmarks.common import ROOT
+from benchmarks.suite import adaln, attention, correctness, sections
 from benchmarks.suite.record import Recorder, Settings
 from benchmarks.suite.report import best_of
 from benchmarks.suite.sections import SECTIONS, run
@@ -29,7 +34,8 @@ def _suite(out: Path, *options: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.usefixtures("eager_only")
 def test_a_reduced_run_measures_everything(tmp_path: Path) -> None:
-    code, results = _suite(tmp_path, "--commit", "abc")
+    # Time enough for a machine that does other things, too.
+    code, results = _suite(tmp_path, "--commit", "abc", "--seconds", "10000", "--only", *SECTIONS)
     assert code == 0
     assert results["environment"]["commit"] == "abc"
     assert list(results["sections"]) == list(SECTIONS)
@@ -37,39 +43,82 @@ def test_a_reduced_run_measures_everything(tmp_path: Path) -> None:
         assert section["rows"], name
         assert not section["failures"]
         assert not section["omitted"]
+        assert not section["stopped"]
     rows = {name: section["rows"] for name, section in results["sections"].items()}
-    assert len(rows["correctness"]) == len(correctness.cases(quick=True))
+    checks = len(correctness.cases(quick=True))
+    assert len(rows["correctness"]) == checks
+    assert [results["sections"]["correctness"][key] for key in ("done", "total")] == [checks, checks]
     assert {row["name"] for row in rows["ceilings"]} == {"copy", "matmul"}
-    wide = [row for row in rows["attention"] if row["shape"]["dtype"] == "float32"]
-    assert [(row["phase"], set(row["times"]), row["ratio"]) for row in wide] == [
-        (phase, {"ours (eager)"}, None) for phase in attention.PHASES
-    ]
-    for row in rows["attention"]:
-        if row in wide:
-            continue
-        assert {"ours (eager)", "sdpa flash", "sdpa dense mask"} <= set(row["times"])
-        for measured in row["times"].values():
-            assert set(measured) == {"ms", "host_ms", "spread", "tflops", "percent"}
-            assert min(measured["ms"], measured["tflops"], measured["percent"]) > 0
-        best = min(t["ms"] for name, t in row["times"].items() if not name.startswith("ours"))
-        assert row["ratio"] == best / row["times"]["ours (eager)"]["ms"]
-    # 4 Dh operations a visible pair, 2 x 16 x 16 + 16 x 16 pairs, 2 samples, 2 heads.
-    first = rows["attention"][0]
-    assert first["phase"] == "forward"
-    time_of_ours = first["times"]["ours (eager)"]
-    assert time_of_ours["tflops"] * time_of_ours["ms"] * 1e9 == pytest.approx(4 * 24 * 3 * 256 * 2 * 2)
-    assert [row["phase"] for row in rows["adaln"]] == ["forward", "backward", "forward + backward"]
-    assert {(row["side"], row["compiled"]) for row in rows["training"]} == {
-        (side, compiled) for side in ("ours", "baseline") for compiled in (False, True)
-    }
-    assert {(row["batch"], row["kind"]) for row in rows["sampling"]} == {
-        (1, "eager"), (2, "eager"), (2, "compiled"),
-    }  # fmt: skip
+    _check_attention(rows)
+    _check_adaln(rows)
+    for name, compiled in (("training", False), ("training_compiled", True)):
+        sides = [(row["side"], row["compiled"]) for row in rows[name]]
+        assert sides == [("ours", compiled), ("baseline", compiled)]
+    assert [(row["batch"], row["kind"]) for row in rows["sampling"]] == [(1, "eager"), (2, "eager")]
+    assert [(row["batch"], row["kind"]) for row in rows["sampling_compiled"]] == [(2, "compiled")]
     text = (tmp_path / "gpu_suite.md").read_text()
     for name in SECTIONS:
         assert f"## {name}\n" in text
     assert "could not run: B2 S2 L16 H2 Dh24 causal sdpa cudnn" in text
+    assert f"correctness: {checks} of {checks} checks done, 0 FAILED" in text
     assert not (tmp_path / "parts").exists()
+
+
+def _check_attention(rows: dict[str, list[dict[str, Any]]]) -> None:
+    shape, wide, phases = "B2 S2 L16 H2 Dh24", "B2 S2 L16 H2 Dh24 float32", list(attention.PHASES)
+    assert [(row["label"], row["phase"]) for row in rows["attention"]] == [
+        *((shape, phase) for phase in phases),
+        ("B1 S2 L16 H2 Dh24 cached block 1", "forward"),
+        ("B64 S2 L16 H2 Dh24 cached block 1", "forward"),
+    ]
+    others = [(shape, "diagonal"), ("B2 S3 L3+1+12 H2 Dh24", "causal"), (shape, "window"), (shape, "anchor")]
+    found = [(row["label"], row["mask"], row["phase"]) for row in rows["attention_masks"]]
+    assert found == [(*one, phase) for one in [*others, (wide, "causal")] for phase in phases]
+    for section in ("attention_sizes", "attention_single"):
+        assert [row["phase"] for row in rows[section]] == phases
+    for section in (name for name in rows if name.startswith("attention")):
+        for row in rows[section]:
+            if row["label"] == wide:
+                assert (set(row["times"]), row["ratio"]) == ({"ours (eager)"}, None)
+                continue
+            peers = {name for name in row["times"] if not name.startswith("ours")}
+            if section != "attention_tuned":
+                assert "sdpa flash" in peers
+                # FlexAttention has no backward on a CPU, and cuDNN nothing: they are not missing.
+                assert not {"sdpa cudnn", "flex 128"} & {*row["missing"]}
+            if row["phase"] == "forward" and "cached" not in row["label"]:
+                assert any(name.startswith("flex 128") for name in peers)
+            for measured in row["times"].values():
+                assert set(measured) == {"ms", "host_ms", "spread", "tflops", "percent"}
+                assert min(measured["ms"], measured["tflops"], measured["percent"]) > 0
+            best = min((row["times"][name]["ms"] for name in peers), default=None)
+            assert row["ratio"] == (best and best / row["times"]["ours (eager)"]["ms"])
+    # 4 Dh operations a visible pair, 2 heads: 2 samples of 3 x 16 x 16 pairs; a step of 2 x 16 x 16.
+    whole, step = 4 * 24 * 2 * 2 * 3 * 256, 4 * 24 * 2 * 2 * 256
+    works = (whole, 2.5 * whole, 3.5 * whole, step, 64 * step)
+    for row, work in zip(rows["attention"], works, strict=True):
+        ours = row["times"]["ours (eager)"]
+        assert ours["tflops"] * ours["ms"] * 1e9 == pytest.approx(work)
+
+
+def _check_adaln(rows: dict[str, list[dict[str, Any]]]) -> None:
+    shape = "(2, 32, 64) K4"
+    kinds = ("", " float32 residual", " adaln", " gated_residual")
+    modes = ("default", "max-autotune-no-cudagraphs")
+    found = [*rows["adaln"], *rows["adaln_more"]]
+    assert [(row["label"], row["phase"]) for row in found] == [
+        *((f"{shape}{kind}", phase) for kind in kinds for phase in adaln.PHASES),
+        *((f"{shape}, whole DiT block, {mode}", "forward + backward") for mode in modes),
+    ]
+    # Bytes for each of the 2 x 32 x 64 elements: x and h read and both results written, and so on.
+    moved = (8, 12, 12, 18, 4, 6, 6, 6)
+    for row, each in zip(found, moved, strict=False):
+        assert set(row["times"]) == {"ours (eager)", "pytorch", "torch.compile", "torch.compile max-autotune"}
+        ours = row["times"]["ours (eager)"]
+        assert ours["gbs"] * ours["ms"] * 1e6 == pytest.approx(each * 2 * 32 * 64)
+    for row in found:
+        assert row["missing"] == row["failed"] == []
+        assert row["ratio"] > 0
 
 
 @pytest.mark.usefixtures("eager_only")
@@ -109,17 +158,27 @@ def test_peers_that_fail_or_are_wrong_are_left_out_and_named(
     code, results = _suite(tmp_path, "--only", "attention")
     found = results["sections"]["attention"]
     assert code == 0
-    # In float32 our backends are compared with each other.
-    assert {row["best_peer"] for row in found["rows"]} == {"sdpa flash", None}
+    assert {row["best_peer"] for row in found["rows"]} == {"sdpa flash"}
     where = "B2 S2 L16 H2 Dh24 causal"
     assert "out is wrong: relative error 1.0e+00" in found["errors"][f"{where} sdpa dense mask forward"]
     assert "no such thing" in found["errors"][f"{where} flex 128"]
+    # What fails is no peer; what this section does not try might be the best.
+    first = found["rows"][0]
+    assert {*first["failed"]} == {"sdpa dense mask", "flex 128", "sdpa cudnn"}
+    assert {*first["missing"]} == {"flex 256", "flex 128 max-autotune", "flex 256 max-autotune"}
+    assert "sdpa flash (best of 1 of 4)" in (tmp_path / "gpu_suite.md").read_text()
 
 
 @pytest.mark.usefixtures("eager_only")
 def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
     code, results = _suite(tmp_path, "--seconds", "0")
-    assert code == 0
+    assert code == 3
+    assert list(results["sections"]) == [name for name, section in SECTIONS.items() if section.essential]
+    found, checks = results["sections"]["correctness"], len(correctness.cases(quick=True))
+    assert (found["done"], found["total"], len(found["omitted"])) == (0, checks, checks)
+    text = (tmp_path / "gpu_suite.md").read_text()
+    assert f"correctness: 0 of {checks} checks done, 0 FAILED, {checks} had no time" in text
+    assert f"and for {checks - 20} more" in text
     for name in ("correctness", "attention", "adaln", "training", "sampling"):
         assert results["sections"][name]["omitted"]
         assert not results["sections"][name]["rows"]
@@ -127,19 +186,55 @@ def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
 
 def test_a_section_that_does_not_end_is_ended(tmp_path: Path) -> None:
     """In a process of its own, what it found so far is kept. Here it has not even imported PyTorch."""
-    found = run("training", Settings("cpu", True), tmp_path, 60, time.monotonic() + 0.2, isolated=True)
+    found = run("training", Settings("cpu", True), tmp_path, 600, time.monotonic() + 0.2, isolated=True)
     assert found["errors"] == {"process training": "was stopped at its time limit"}
-    assert found["seconds"] < 30
+    assert found["stopped"] == ["training"]
+    assert found["seconds"] < 300
+    assert gpu_suite.exit_code({"training": found}) == 3
 
 
-def test_a_process_that_is_stopped_says_where_and_one_that_dies_fails(tmp_path: Path) -> None:
-    path = tmp_path / "correctness-3.json"
-    for end, kind in ((sections._STOPPED, "errors"), ("ended with exit code -11", "failures")):
-        path.write_text(json.dumps({"rows": [{}], "omitted": [], "doing": "triton causal 72"}))
-        found = sections._merged({"correctness-3": path}, {"correctness-3": end})
-        assert found.pop(kind) == {"process correctness-3": f"{end}, in triton causal 72"}
-        assert found.pop("rows") == [{}]
-        assert not any(found.values())
+@pytest.mark.parametrize(
+    ("job", "end", "doing", "kind", "code"),
+    [
+        ("correctness-3", sections._STOPPED, "triton causal 72", "failures", 1),
+        ("correctness-3", "ended with exit code -11", "triton causal 72", "failures", 1),
+        ("correctness-3", "ended with exit code -11", "", "failures", 1),
+        ("correctness-3", sections._STOPPED, "", "errors", 3),
+        ("attention", sections._STOPPED, "ours (triton)", "errors", 3),
+        ("attention", "ended with exit code -11", "sdpa cudnn", "errors", 0),
+    ],
+)
+def test_a_process_that_is_stopped_says_where_and_one_that_ends_in_a_check_has_failed(
+    tmp_path: Path, job: str, end: str, doing: str, kind: str, code: int
+) -> None:
+    path = tmp_path / f"{job}.json"
+    path.write_text(json.dumps({"rows": [{}], "omitted": ["x"], "doing": doing, "done": 4, "total": 9}))
+    found = sections._merged({job: path}, {job: end})
+    assert gpu_suite.exit_code({"attention": found}) == code
+    assert found.pop(kind) == {f"process {job}": f"{end}, in {doing}" if doing else end}
+    assert found.pop("stopped") == ([job] if end == sections._STOPPED else [])
+    assert found.pop("failures" if kind == "errors" else "errors") == {}
+    assert found == {"rows": [{}], "omitted": ["x"], "done": 4, "total": 9}
+
+
+def test_a_run_without_all_of_its_checks_is_no_success() -> None:
+    def code(done: int, total: int, **failures: str) -> int:
+        section = {"failures": failures, "stopped": [], "done": done, "total": total}
+        return gpu_suite.exit_code({"correctness": section})
+
+    assert [code(5, 5), code(4, 5), code(0, 0), code(4, 5, triton="wrong")] == [0, 3, 3, 1]
+
+
+def test_the_memory_checker_waits_for_the_checks_that_compile_its_kernels() -> None:
+    (checks, first), (memory, last) = sections.stages("correctness", Settings("cuda", False), 100)
+    assert {name for name, _ in checks.values()} == {"correctness"}
+    assert [settings.share for _, settings in checks.values()] == [
+        (i, len(checks)) for i in range(len(checks))
+    ]
+    assert list(memory) == ["sanitizer"]
+    assert (first, last) == (75, 100)
+    made = {case.name for case in correctness.cases(quick=False)}
+    assert made >= {case.name for case in correctness.small_cases()}
 
 
 def test_cases_that_take_long_come_first_and_only_while_there_is_time(
@@ -160,8 +255,9 @@ def test_cases_that_take_long_come_first_and_only_while_there_is_time(
     correctness.correctness(rec)
     assert seen[done:]
     assert not any(seen[done:])
-    (omitted,) = rec.omitted
-    assert re.match(r"\d+ of \d+ cases, the first eager ", omitted)
+    assert all(name.startswith("eager ") for name in rec.omitted)
+    assert rec.done == len(seen) - done
+    assert rec.done + len(rec.omitted) == rec.total == len(correctness.cases(quick=True))
 
 
 def test_a_section_in_a_process_of_its_own_reports(tmp_path: Path) -> None:
@@ -171,7 +267,7 @@ def test_a_section_in_a_process_of_its_own_reports(tmp_path: Path) -> None:
 
 
 def test_cudnn_gets_every_padding_where_that_is_asked_for() -> None:
-    shape = attention.Shape(1, 2, 16, 1, 72)
+    shape = attention.Shape(1, BlockLayout.uniform(2, 16), 1, 72)
     for every in (False, True):
         names = [c.name for c in attention.dense_candidates(shape, "causal", every)]
         for kind, pads in (("flash", (80, 96, 128)), ("cudnn", (80, 96, 128) if every else (128,))):
@@ -179,37 +275,128 @@ def test_cudnn_gets_every_padding_where_that_is_asked_for() -> None:
             assert [name for name in names if name.startswith(f"sdpa {kind}")] == wanted
 
 
-@pytest.mark.parametrize("mask", ["causal", "diagonal"])
-def test_dense_calls_put_together_are_block_attention(mask: Any) -> None:
+_LAYOUTS = (BlockLayout.uniform(3, 5), BlockLayout((2, 7, 1, 4)))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("layout", _LAYOUTS, ids=str)
+@pytest.mark.parametrize("block", [None, 2])
+def test_dense_calls_put_together_are_block_attention(
+    layout: BlockLayout, mask: Mask, block: int | None
+) -> None:
     """The peers that are decomposed by hand compute what they are compared for, gradients included."""
-    layout = BlockLayout.uniform(3, 5)
-    q, k, v, dout = torch.randn(4, 2, layout.total, 2, 8, dtype=torch.float64).unbind(0)
+    shape = attention.Shape(2, layout, 2, 8, "float64", block)
+    inputs = attention.make_inputs(shape, "cpu", 0)
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * 8**-0.5).softmax(-1)
         return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
-    method = (attention.PerBlock if mask == "causal" else attention.Folded)(dense, layout)
-    exact = attention.Whole(lambda q, k, v: reference.block_attention(q, k, v, layout, mask))
-    for got, wanted in zip(
-        method.forward_backward(q, k, v, dout), exact.forward_backward(q, k, v, dout), strict=True
-    ):
-        torch.testing.assert_close(got, wanted)
-    torch.testing.assert_close(method.forward(q, k, v), exact.forward(q, k, v))
+    def meaning(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if block is None:
+            return reference.block_attention(q, k, v, layout, mask)
+        return reference.cached_block_attention(q, k, v, layout, block, mask)
+
+    method, exact = attention._decomposed(dense, shape, mask), attention.Whole(meaning)
+    wanted = exact.forward_backward(*inputs)
+    for got, right in zip(method.forward_backward(*inputs), wanted, strict=True):
+        torch.testing.assert_close(got, right)
+    torch.testing.assert_close(method.forward(*inputs[:3]), wanted[0])
 
 
-@pytest.mark.skipif(
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("layout", _LAYOUTS, ids=str)
+def test_flex_attention_is_told_the_mask(layout: BlockLayout, mask: Mask) -> None:
+    rows = torch.arange(layout.total)
+    visible = attention._visible(layout, mask, "cpu")(None, None, rows[:, None], rows[None, :])
+    assert torch.equal(visible, layout.mask(mask))
+
+
+def test_a_call_without_a_backward_is_a_peer_of_the_forward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "installed", lambda module: module == "flash_attn")
+    for layout, there in ((BlockLayout.uniform(3, 5), True), (BlockLayout((3, 1)), False)):
+        shape = attention.Shape(1, layout, 2, 16)
+        found = {c.name: c.phases(shape) for c in attention.dense_candidates(shape, "causal")}
+        assert found["flash-attention 2"] == tuple(attention.PHASES)
+        assert found.get("flash-attention 2, one launch") == (("forward",) if there else None)
+
+
+_INTERPRETED = pytest.mark.skipif(
     sys.platform != "linux" or torch.cuda.is_available(),
     reason="Triton exists for Linux alone, and is not interpreted where there is a GPU: see -m gpu",
 )
+
+
+@_INTERPRETED
 def test_triton_kernels_pass_in_the_interpreter() -> None:
     ragged = BlockLayout((3, 1, 6))
     for case in (
         correctness.attention_case(ragged, "causal", 24, torch.bfloat16, False, batch=1),
         correctness.cached_case(ragged, 2, "anchor", 24, torch.bfloat16, False),
         correctness.adaln_case("gated_residual_adaln", ragged, 64, (torch.bfloat16,) * 3, False),
+        *correctness.large_cases(quick=True),
     ):
         correctness.check(case, "triton", "cpu")
+
+
+@_INTERPRETED
+def test_the_memory_checker_sees_keys_shared_out_among_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ard_kernels.backends import attention_triton
+
+    found: list[int] = []
+    parts = attention_triton._parts
+
+    def spy(*arguments: Any) -> int:
+        found.append(parts(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(attention_triton, "_parts", spy)
+    cached = [case for case in correctness.small_cases() if case.name.startswith("cached")]
+    assert len(cached) == len(MASKS)
+    for case in cached:
+        with use_backend("triton"), torch.no_grad():
+            case.operator(*case.inputs("cpu", 0))
+    assert len(found) == len(MASKS)
+    assert min(found) > 1
+
+
+def _case(operator: correctness.Function | None = None, samples: int = 1) -> correctness.Case:
+    made = correctness.attention_case(BlockLayout((3, 2)), "causal", 16, torch.float32, False, batch=1)
+    return replace(made, operator=operator or made.meaning, samples=samples)
+
+
+def test_every_case_is_run_twice_and_compared_bitwise() -> None:
+    right, calls = _case().meaning, iter(range(100))
+    correctness.check(_case(), "eager", "cpu")
+    with pytest.raises(ArithmeticError, match="two deterministic runs differ in tensor 0"):
+        correctness.check(_case(lambda x: right(x) * (1 + 3e-7 * (next(calls) % 2))), "eager", "cpu")
+
+
+def test_an_offset_that_wraps_is_found_in_the_last_of_many_samples() -> None:
+    right = _case().meaning
+
+    def wrapping(x: Tensor) -> Tensor:
+        out = right(x)
+        assert isinstance(out, Tensor)
+        return out if len(x) == 1 else torch.cat([out[:-1], out[:1]])
+
+    correctness.check(_case(wrapping), "eager", "cpu")
+    correctness.check(_case(samples=3), "eager", "cpu")
+    with pytest.raises(ArithmeticError, match="tensor 0: rms error"):
+        correctness.check(_case(wrapping, samples=3), "eager", "cpu")
+
+
+def test_a_case_that_the_gpu_has_no_memory_for_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (40e9, 80e9))
+    rec = Recorder("correctness", Settings("cuda", False), tmp_path / "x.json", 60)
+    large = [case for case in correctness.cases(quick=False) if not correctness._fits(rec, case)]
+    assert [case.name for case in large] == [case.name for case in correctness.large_cases(quick=False)]
+    assert len({case.group for case in large}) == 1  # of one process, that runs one after the other
+    for case in large:
+        assert "needs 60 GB of the GPU's memory, free are 40" in rec.errors[case.name]
+        assert (case.samples - 1) * 1024 * 1152 > 2**31  # elements before the last sample
 
 
 @pytest.mark.parametrize(
@@ -245,12 +432,65 @@ def test_nan_is_no_small_error() -> None:
         correctness.judge([torch.tensor([1, torch.nan, 1])], exact, plain)
 
 
-def test_a_ratio_is_that_of_the_closest_peer() -> None:
-    def row(label: str, ratio: float | None) -> dict[str, Any]:
-        return {"label": label, "mask": "causal", "phase": "forward", "ratio": ratio}
+def test_a_ratio_is_that_of_the_closest_peer_and_says_of_how_many() -> None:
+    def row(label: str, ratio: float | None, *names: str, **untimed: list[str]) -> dict[str, Any]:
+        return {"label": label, "mask": "causal", "phase": "forward", "ratio": ratio,
+                "times": dict.fromkeys(names), "missing": [], "failed": [], **untimed}  # fmt: skip
 
-    rows = [row("a", 2.0), row("a", 1.5), row("b", 3.0), row("a", None), row("a", 1.7)]
-    assert list(best_of(rows)) == [row("a", 1.5), row("b", 3.0)]
+    rows = [
+        row("a", 2.0, "ours", "x", missing=["y", "z", "w"]),
+        row("a", 1.5, "ours", "y", missing=["x", "w"], failed=["z"]),
+        row("b", 3.0, "ours", "x"),
+        row("a", None, "ours"),
+        row("c", None, "ours"),
+    ]
+    assert list(best_of(rows)) == [{**rows[1], "timed": 2, "of": 3}, {**rows[2], "timed": 1, "of": 1}]
+
+
+# What torch can do without, and so do the sections that check and time kernels.
+_BLOCKED = ("PIL", "accelerate", "ard", "diffusers", "huggingface_hub", "hypothesis", "matplotlib", "pytest",
+            "safetensors", "sklearn", "tensorboard", "tqdm", "tyro")  # fmt: skip
+_KERNELS = ("correctness", "ceilings", "attention", "adaln")
+_MODELS = ("ard", "huggingface_hub", "safetensors", "tqdm")  # tqdm is huggingface_hub's, too
+
+
+@pytest.mark.parametrize(
+    ("program", "allowed"),
+    [
+        (f"gpu_suite.main([*sys.argv[1:], '--only', *{_KERNELS}])", ()),
+        ("import benchmarks.suite.model", _MODELS),
+        ("import benchmarks.suite.sampling", (*_MODELS, "PIL")),
+    ],
+    ids=["kernels", "training", "sampling"],
+)
+def test_the_suite_imports_what_it_says(tmp_path: Path, program: str, allowed: tuple[str, ...]) -> None:
+    """A module that is None in sys.modules cannot be imported, nor found."""
+    blocked = [name for name in _BLOCKED if name not in allowed]
+    lines = ["import sys", f"sys.modules.update(dict.fromkeys({blocked}))",
+             "from benchmarks import gpu_suite", program]  # fmt: skip
+    options = ["--out", str(tmp_path), "--device", "cpu", "--seconds", "20"]
+    found = subprocess.run([sys.executable, "-c", "\n".join(lines), *options], cwd=ROOT, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)  # fmt: skip
+    assert found.returncode == 0, found.stdout
+    assert "ModuleNotFoundError" not in found.stdout
+
+
+def test_timings_are_collected_without_a_tensor() -> None:
+    """Every plain pytest imports them: on a GPU it would initialise CUDA."""
+
+    class NoTensors(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, *_: Any) -> Any:
+            raise AssertionError(f"{function} at collection")
+
+    path = Path(__file__).with_name("test_timings.py")
+    spec = importlib.util.spec_from_file_location("collected_once_more", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with NoTensors():
+        spec.loader.exec_module(module)
+    assert any("ours (eager)" in name for name in module._ATTENTION)
+    assert any("ours (eager)" in name for name in module._ADALN)
 
 
 def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,4 +517,4 @@ def test_the_profiler_command_is_printed(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.gpu
 def test_a_quick_run_on_the_gpu_passes(tmp_path: Path) -> None:
-    assert gpu_suite.main(["--out", str(tmp_path), "--quick", "--seconds", "240"]) == 0
+    assert gpu_suite.main(["--out", str(tmp_path), "--quick"]) == 0

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from ard.sampling import sample
+from ard_kernels.backends import implementations
 from ard_kernels.layout import Mask
 from benchmarks.common import synchronize
-from benchmarks.suite import adaln, attention, model, record
+from benchmarks.suite import adaln, attention, model, record, sampling
 from benchmarks.suite.timing import Prepare
 from benchmarks.train_step import training_step
 
@@ -43,8 +44,15 @@ def _time(benchmark: Any, prepare: Prepare) -> None:
     benchmark.pedantic(call, setup=setup, rounds=5 if QUICK else 30, warmup_rounds=2)
 
 
+# What there is by name: tests are collected without a tensor, and without a look at the GPU.
+
+
+def _backends(family: str) -> list[str]:
+    return [name for name in implementations(family) if not _interpreted(name)]
+
+
 def _attention_candidates(shape: attention.Shape, mask: Mask) -> list[attention.Candidate]:
-    mine = [c for c in attention.our_candidates(shape, mask, DEVICE) if not _interpreted(c.name)]
+    mine = [attention.our_candidate(name, shape, mask) for name in _backends("attention")]
     flex = attention.flex_candidate(shape, mask, DEVICE)
     return [*mine, *attention.dense_candidates(shape, mask), flex]
 
@@ -64,37 +72,54 @@ def _exists(candidate: attention.Candidate, phase: str) -> bool:
     return candidate.name.startswith("flex") and phase == "forward"
 
 
+def _able(prepare: Callable[[], Prepare], ours: bool) -> Prepare:
+    """What has run once. A peer that cannot is skipped."""
+    try:
+        made = prepare()
+        made(0)()
+        synchronize()
+    except Exception as error:  # peers fail in any way they like
+        if ours:
+            raise
+        pytest.skip(record.reason(error))
+    return made
+
+
+def _skip_without(family: str, name: str, *tensors: torch.Tensor) -> None:
+    if name.startswith("ours") and name not in [
+        f"ours ({found})" for found in record.backends(family, *tensors)
+    ]:
+        pytest.skip(f"{name} is not for these inputs, or not here")
+
+
 @pytest.mark.parametrize(
     ("name", "phase"),
-    [(name, phase) for name, (_, candidate) in _ATTENTION.items() for phase in attention.PHASES
+    [(name, phase) for name, (shape, candidate) in _ATTENTION.items() for phase in candidate.phases(shape)
      if _exists(candidate, phase)],
 )  # fmt: skip
 def test_attention(benchmark: Any, name: str, phase: str) -> None:
     shape, candidate = _ATTENTION[name]
     benchmark.group = f"{name.removesuffix(candidate.name)}{phase}"
     inputs = attention.padded(attention.make_inputs(shape, DEVICE, 0), shape, candidate.pad)
-    _time(benchmark, attention.prepared(candidate.build(), [inputs], phase))
-
-
-def _adaln_candidates(shape: adaln.Shape) -> dict[str, Any]:
-    names = record.backends("adaln", *adaln.make_inputs(shape, DEVICE, 0)[:5])
-    return adaln.candidates(shape, DEVICE, [name for name in names if not _interpreted(name)])
+    _skip_without("attention", candidate.name, *inputs)
+    _time(benchmark, _able(lambda: attention.prepared(candidate.build(), [inputs], phase), candidate.ours))
 
 
 _ADALN = {
-    f"{shape} {name}": (shape, build)
+    f"{shape} {name}": (shape, name, build)
     for shape in adaln.shapes(QUICK)
-    for name, (build, _) in _adaln_candidates(shape).items()
+    for name, (build, _) in adaln.candidates(shape, DEVICE, _backends("adaln")).items()
 }
 
 
 @pytest.mark.parametrize("phase", adaln.PHASES)
 @pytest.mark.parametrize("name", _ADALN)
 def test_adaln(benchmark: Any, name: str, phase: str) -> None:
-    shape, build = _ADALN[name]
+    shape, method, build = _ADALN[name]
     benchmark.group = f"adaLN {shape} {phase}"
     sets = [adaln.make_inputs(shape, DEVICE, seed) for seed in range(2)]
-    _time(benchmark, adaln.prepared(build(), sets, phase))
+    _skip_without("adaln", method, *sets[0][0])
+    _time(benchmark, _able(lambda: adaln.prepared(build(), sets, phase), method.startswith("ours")))
 
 
 @pytest.mark.parametrize("make", [model.make_student, model.make_baseline])
@@ -109,6 +134,6 @@ def test_training_step(benchmark: Any, make: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("batch", [1, 2 if QUICK else 64])
 def test_sampling(benchmark: Any, batch: int, history: int) -> None:
     benchmark.group = f"4-step sampling, batch {batch}"
-    student = model.make_sampler(DEVICE, QUICK, history)
-    data = model.sampling_data(student, batch, DEVICE)
+    student = sampling.make_sampler(DEVICE, QUICK, history)
+    data = sampling.sampling_data(student, batch, DEVICE)
     _time(benchmark, lambda i: lambda: sample(student, *data))
