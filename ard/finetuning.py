@@ -54,7 +54,8 @@ class FinetuneConfig:
     data: Path = DEBIAN_FOLDER
     """Folder of the Fashion-MNIST files."""
     flip: bool | None = None
-    """Mirror every other real image. Default: yes, except for the data sets by name (shoes point one way)."""
+    """Mirror real images with probability 1/2. Default: yes, but not those of a named data set (shoes point
+    one way)."""
     gan_weight: float = 10.0
     """Factor on the adversarial loss, over the adaptive weight."""
     gan_warmup: int = 3000

@@ -432,12 +432,11 @@ def _dkv_step(
         b_do1 = _load(p_do, do_t, m_m, MASKED, BM, D0, D1, D)
         b_s = _dot(b_k1, tl.trans(b_q1), b_s, UPCAST, PRECISION)
         b_dp = _dot(b_v1, tl.trans(b_do1), b_dp, UPCAST, PRECISION)
-    b_p = tl.math.exp2(b_s * factor - b_lse[None, :])
-    b_ds = b_p * (b_dp - b_delta[None, :])
     if MASKED:  # a missing query's row of zeros times infinity is NaN
-        b_p, b_ds = tl.where(m_m[None, :], b_p, 0.0), tl.where(m_m[None, :], b_ds, 0.0)
+        b_s, b_dp = tl.where(m_m[None, :], b_s, float("-inf")), tl.where(m_m[None, :], b_dp, 0.0)
+    b_p = tl.math.exp2(b_s * factor - b_lse[None, :])
     b_dv0 = _dot(b_p.to(b_do0.dtype), b_do0, b_dv0, UPCAST, PRECISION)
-    b_ds = b_ds.to(b_q0.dtype)
+    b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q0.dtype)
     b_dk0 = _dot(b_ds, b_q0, b_dk0, UPCAST, PRECISION)
     if D1 > 0:
         b_dv1 = _dot(b_p.to(b_do1.dtype), b_do1, b_dv1, UPCAST, PRECISION)
@@ -529,16 +528,20 @@ def launch(
     crowded = ranges == 2 and not whole  # four copies of the step: more registers
     if wide:  # TF32 operands fill the registers: at 128 columns 32 x 16 spills 640 bytes in dkv, 608 in dq
         return Launch(32, 16, 4, 1) if kernel == "forward" else Launch(16, 16, 8, 1)
-    if kernel == "forward" and few:
-        return Launch(64, 64 if not crowded or major > 8 else 32, 4, 2)
+    if kernel == "forward" and few and (major > 8 or whole):
+        return Launch(64, 64, 4, 2)
     if kernel == "forward" and crowded and major == 8:
         return Launch(128, 32, 8, 2)
     if kernel == "forward" and columns <= 80:  # 147 registers if it may, 127 without spills; crowded 180
         return Launch(128, 64, 8, 3, registers=128 if major == 9 and not crowded else None)
     if kernel == "forward":
         return Launch(128, 64, 8, 2)
+    if major == 8 and kernel == "dkv" and columns > 96 and not whole:  # larger tiles have 8 bytes of stack
+        return Launch(32, 16, 4, 2)
     if major == 8 and (columns > 80 or not whole):  # mma.sync: step 32 spills 16 bytes in dq, 272 in dkv
-        return Launch(128, 16, 8, 3)
+        return Launch(128, 16, 8, 2 if crowded else 3)
+    if kernel == "dq" and crowded and columns > 96:  # step 64 has 8 bytes of stack on sm_100
+        return Launch(128, 32, 8, 2)
     if kernel == "dkv" and (
         columns > 96 or not whole
     ):  # step 64 spills 40 bytes at 128 columns, 16 with tails
