@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import tyro
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -356,7 +357,8 @@ def _pictures(config: TableConfig, result: dict[str, Any]) -> None:
             before = config.iterations if gan else 0
             right.plot(
                 [before + p["step"] for p in points], [p["frechet"] for p in points], marker=".",
-                color=f"C{i % 10}", linestyle="--" if gan else "-", label=None if number else names[i],
+                color=colormaps["tab20"](i % 20), linestyle="--" if gan else "-",
+                label=None if number else names[i],
             )  # fmt: skip
     right.axhline(base, color="k", linewidth=0.8, label="teacher, 25 steps")
     left.set_yticks(range(len(rows)), names)
