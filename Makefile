@@ -66,7 +66,7 @@ sanitize: $(VENV)/.developer
 	cmake --build $(SANITIZED)/cmake
 	rm -rf $(SANITIZED)/ard_kernels && cp -r ard_kernels $(SANITIZED)/ && cp $(SANITIZED)/cmake/_C.* $(SANITIZED)/ard_kernels/
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-	    python -m pytest -s -o pythonpath="$(SANITIZED) ." -k "(native or compiled) and not too_little_memory" $(ARGS) \
+	    python -m pytest -s -o pythonpath="$(SANITIZED) ." -k "native or compiled" $(ARGS) \
 	    tests/ard_kernels/test_native.py tests/ard_kernels/test_attention_tiles.py
 
 lint: $(VENV)/.developer

@@ -243,6 +243,40 @@ def test_too_little_memory_is_an_error_and_no_abort() -> None:
     assert done.stdout == "out of memory\n", (done.returncode, done.stderr)
 
 
+def test_too_little_memory_in_a_thread_is_an_error_of_the_caller() -> None:
+    """Whichever takes a unit: the attention backward keeps 105 MB of a head beside its gradients' 126 MB."""
+    done = _python(
+        "import resource, torch\n"
+        "from ard_kernels import BlockLayout, block_attention\n"
+        "torch.set_num_threads(4)\n"
+        "q = torch.ones(1, 81920, 2, 64, requires_grad=True)\n"
+        "out = block_attention(q, q, q, BlockLayout.uniform(1280, 64), mask='diagonal')\n"
+        "dout = torch.ones_like(out)\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (180 << 20), resource.RLIM_INFINITY))\n"
+        "try: out.backward(dout)\n"
+        "except MemoryError: print('out of memory')",
+        ARD_KERNELS_BACKEND="native",
+    )
+    assert done.stdout == "out of memory\n", (done.returncode, done.stderr)
+
+
+def test_a_call_with_little_work_leaves_the_threads_alone() -> None:
+    """A team of two ends the others of eight, and PyTorch's next call starts them anew."""
+    done = _python(
+        "import os, torch\n"
+        "from ard_kernels import gelu\n"
+        "torch.set_num_threads(8)\n"
+        "torch.sin(torch.ones(1 << 20))\n"
+        "before = set(os.listdir('/proc/self/task'))\n"
+        "gelu(torch.ones(1 << 15))\n"
+        "torch.sin(torch.ones(1 << 20))\n"
+        "print(len(before) > 7, set(os.listdir('/proc/self/task')) == before)",
+        ARD_KERNELS_BACKEND="native",
+    )
+    assert done.stdout == "True True\n", done.stderr
+
+
 def test_backends_forced_by_several_threads_end_one_by_one() -> None:
     entered, left = threading.Event(), threading.Event()
 

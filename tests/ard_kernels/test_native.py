@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -214,43 +212,6 @@ def test_a_cached_step_is_the_rows_of_the_whole() -> None:
 def test_threads_are_those_of_pytorch() -> None:
     assert native.C is not None
     assert native.C.threaded()
-
-
-def test_a_call_with_little_work_leaves_the_threads_alone() -> None:
-    """A team of two ends the others of eight, and PyTorch's next call starts them anew."""
-    code = (
-        "import os, torch\n"
-        "import torch.nn.functional as F\n"
-        "from ard_kernels import gelu\n"
-        "torch.set_num_threads(8)\n"
-        "torch.sin(torch.ones(1 << 20))\n"
-        "before = set(os.listdir('/proc/self/task'))\n"
-        "gelu(torch.ones(1 << 15))\n"
-        "torch.sin(torch.ones(1 << 20))\n"
-        "assert set(os.listdir('/proc/self/task')) == before"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_too_little_memory_in_a_thread_is_an_error_of_the_caller() -> None:
-    """Each thread of the attention backward keeps a head's queries: more here than the process may have."""
-    code = (
-        "import resource, torch\n"
-        "from ard_kernels import BlockLayout, block_attention\n"
-        "torch.set_num_threads(4)\n"
-        "tokens = 40960\n"
-        "q = torch.ones(1, tokens, 4, 64, requires_grad=True)\n"
-        "layout = BlockLayout((1024,) * 40)\n"
-        "out = block_attention(q, q, q, layout, mask='diagonal')\n"
-        "dout = torch.ones_like(out)\n"
-        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (used + (180 << 20), resource.RLIM_INFINITY))\n"
-        "try: out.backward(dout)\n"
-        "except MemoryError: print('out of memory')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "out of memory\n", (done.returncode, done.stderr)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,12 +60,9 @@ def test_a_launch_with_wrong_results_is_passed_over(path: Path) -> None:
     assert said[2].endswith("dv is wrong: relative error nan")
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or torch.cuda.is_available(),
-    reason="Triton exists for Linux alone, and is not interpreted where there is a GPU: see -m gpu",
-)
+@pytest.mark.usefixtures("triton")
 def test_every_kernel_that_is_tuned_is_held_to_the_same_in_float32() -> None:
-    calls = tune._calls(16, BlockLayout.uniform(2, 16), 1, 1, "cpu")
+    calls = tune._calls(16, BlockLayout.uniform(2, 16), 1, 1, torch.get_default_device().type)
     assert set(calls) == {"forward", "dq", "dkv"}
     for call in calls.values():
         assert call.time(lambda run: float(len(run()))) == len(call.results)

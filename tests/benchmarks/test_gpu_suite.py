@@ -321,14 +321,18 @@ def test_a_call_without_a_backward_is_a_peer_of_the_forward_alone(monkeypatch: p
         assert found.get("flash-attention 2, one launch") == (("forward",) if there else None)
 
 
-_INTERPRETED = pytest.mark.skipif(
-    sys.platform != "linux" or torch.cuda.is_available(),
-    reason="Triton exists for Linux alone, and is not interpreted where there is a GPU: see -m gpu",
+# Interpreted where there is no GPU; else compiled. Triton exists for Linux alone.
+_TRITON = pytest.mark.parametrize(
+    "device",
+    [
+        *(["cpu"] if sys.platform == "linux" and not torch.cuda.is_available() else []),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
 )
 
 
-@_INTERPRETED
-def test_triton_kernels_pass_in_the_interpreter() -> None:
+@_TRITON
+def test_triton_kernels_pass(device: str) -> None:
     ragged = BlockLayout((3, 1, 6))
     for case in (
         correctness.attention_case(ragged, "causal", 24, torch.bfloat16, False, batch=1),
@@ -336,11 +340,13 @@ def test_triton_kernels_pass_in_the_interpreter() -> None:
         correctness.adaln_case("gated_residual_adaln", ragged, 64, (torch.bfloat16,) * 3, False),
         *correctness.large_cases(quick=True),
     ):
-        correctness.check(case, "triton", "cpu")
+        correctness.check(case, "triton", device)
 
 
-@_INTERPRETED
-def test_the_memory_checker_sees_keys_shared_out_among_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+@_TRITON
+def test_the_memory_checker_sees_keys_shared_out_among_programs(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ard_kernels.backends import attention_triton
 
     found: list[int] = []
@@ -355,7 +361,7 @@ def test_the_memory_checker_sees_keys_shared_out_among_programs(monkeypatch: pyt
     assert len(cached) == len(MASKS)
     for case in cached:
         with use_backend("triton"), torch.no_grad():
-            case.operator(*case.inputs("cpu", 0))
+            case.operator(*case.inputs(device, 0))
     assert len(found) == len(MASKS)
     assert min(found) > 1
 

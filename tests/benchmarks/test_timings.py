@@ -12,20 +12,15 @@ import pytest
 import torch
 
 from ard.sampling import sample
-from ard_kernels.backends import implementations
+from ard_kernels.backends import implementations, native
 from ard_kernels.layout import Mask
 from benchmarks.common import synchronize
-from benchmarks.suite import adaln, attention, model, record, sampling
+from benchmarks.suite import adaln, attention, model, sampling
 from benchmarks.suite.timing import Prepare
 from benchmarks.train_step import training_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = DEVICE == "cpu"
-
-
-def _interpreted(name: str) -> bool:
-    """Triton's interpreter is not timed."""
-    return QUICK and "triton" in name
 
 
 def _time(benchmark: Any, prepare: Prepare) -> None:
@@ -48,7 +43,12 @@ def _time(benchmark: Any, prepare: Prepare) -> None:
 
 
 def _backends(family: str) -> list[str]:
-    return [name for name in implementations(family) if not _interpreted(name)]
+    """Triton's interpreter is not timed. On a GPU there is no compiled attention, and the compiled adaLN only
+    where it was built."""
+    there = {"eager", "native"} if QUICK else {"eager", "triton"}
+    if not QUICK and family == "adaln" and native.CUDA_REASON is None:
+        there.add("native")
+    return [name for name in implementations(family) if name in there]
 
 
 def _attention_candidates(shape: attention.Shape, mask: Mask) -> list[attention.Candidate]:
@@ -72,26 +72,6 @@ def _exists(candidate: attention.Candidate, phase: str) -> bool:
     return candidate.name.startswith("flex") and phase == "forward"
 
 
-def _able(prepare: Callable[[], Prepare], ours: bool) -> Prepare:
-    """What has run once. A peer that cannot is skipped."""
-    try:
-        made = prepare()
-        made(0)()
-        synchronize()
-    except Exception as error:  # peers fail in any way they like
-        if ours:
-            raise
-        pytest.skip(record.reason(error))
-    return made
-
-
-def _skip_without(family: str, name: str, *tensors: torch.Tensor) -> None:
-    if name.startswith("ours") and name not in [
-        f"ours ({found})" for found in record.backends(family, *tensors)
-    ]:
-        pytest.skip(f"{name} is not for these inputs, or not here")
-
-
 @pytest.mark.parametrize(
     ("name", "phase"),
     [(name, phase) for name, (shape, candidate) in _ATTENTION.items() for phase in candidate.phases(shape)
@@ -101,12 +81,11 @@ def test_attention(benchmark: Any, name: str, phase: str) -> None:
     shape, candidate = _ATTENTION[name]
     benchmark.group = f"{name.removesuffix(candidate.name)}{phase}"
     inputs = attention.padded(attention.make_inputs(shape, DEVICE, 0), shape, candidate.pad)
-    _skip_without("attention", candidate.name, *inputs)
-    _time(benchmark, _able(lambda: attention.prepared(candidate.build(), [inputs], phase), candidate.ours))
+    _time(benchmark, attention.prepared(candidate.build(), [inputs], phase))
 
 
 _ADALN = {
-    f"{shape} {name}": (shape, name, build)
+    f"{shape} {name}": (shape, build)
     for shape in adaln.shapes(QUICK)
     for name, (build, _) in adaln.candidates(shape, DEVICE, _backends("adaln")).items()
 }
@@ -115,11 +94,10 @@ _ADALN = {
 @pytest.mark.parametrize("phase", adaln.PHASES)
 @pytest.mark.parametrize("name", _ADALN)
 def test_adaln(benchmark: Any, name: str, phase: str) -> None:
-    shape, method, build = _ADALN[name]
+    shape, build = _ADALN[name]
     benchmark.group = f"adaLN {shape} {phase}"
     sets = [adaln.make_inputs(shape, DEVICE, seed) for seed in range(2)]
-    _skip_without("adaln", method, *sets[0][0])
-    _time(benchmark, _able(lambda: adaln.prepared(build(), sets, phase), method.startswith("ours")))
+    _time(benchmark, adaln.prepared(build(), sets, phase))
 
 
 @pytest.mark.parametrize("make", [model.make_student, model.make_baseline])
