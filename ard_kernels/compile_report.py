@@ -69,6 +69,8 @@ class Compiled:
     """Global loads of 16 bytes a thread, asynchronous copies included."""
     narrow_loads: int
     """Global loads of less than 4 bytes a thread."""
+    trap: bool = False
+    """It does nothing but stop: Triton makes that of tiles for which tensor memory has no room (sm_100)."""
     warnings: tuple[str, ...] = field(default=())
     """What ptxas says about serialised matrix instructions (C7510 and its like)."""
 
@@ -118,6 +120,7 @@ def compile_one(production: Production, arch: int) -> Compiled:
         hgmma=len(re.findall(r"\bHGMMA\b", sass)),
         wide_loads=sum(".128" in f".{load}" for load in loads),
         narrow_loads=sum(bool(re.search(r"\.[US](8|16)\b", f".{load}")) for load in loads),
+        trap="EXIT" not in sass,
         warnings=tuple(sorted(set(re.findall(r"C75\d\d[^\n]*", messages)))),
     )
 
@@ -191,9 +194,11 @@ def faults(row: Compiled) -> list[str]:
     if row.shared > SHARED_LIMIT[row.arch]:
         found.append(f"{row.shared} bytes of shared memory, accepted are {SHARED_LIMIT[row.arch]}")
     # In float32 tiles are narrower than a warpgroup's 64 rows.
-    products = row.name.startswith("attention") and "combine" not in row.name and " fp32" not in row.name
+    products = re.match(r"attention (forward|dq|dkv|fused)(?! fp32)", row.name)
     if row.arch == 90 and products and not row.hgmma:
         found.append("no warpgroup matrix instruction")
+    if row.trap:
+        found.append("no room for its tiles: compiled to a trap")
     return found + list(row.warnings)
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
@@ -34,7 +35,7 @@ class Launch:
     """Tile sizes and launch options of one attention kernel."""
 
     rows: int
-    """Rows of a program's own tile: queries in forward and dq, keys in dkv."""
+    """Rows of a program's own tile: queries in forward and dq, keys in dkv and fused."""
     step: int
     """Rows of the other side that it takes at a time."""
     warps: int
@@ -97,6 +98,9 @@ def tuned(gpu: str, name: str) -> Launch | None:
     return _trial.get(name) or _table().get(gpu, {}).get(name)
 
 
+KERNELS = ("forward", "dq", "dkv", "fused")
+
+
 def candidates() -> Iterator[Launch]:
     """Launches worth a measurement. 4 warps own 64 rows of a wgmma tile or less; larger tiles take 8."""
     for rows, step, stages in itertools.product((64, 128), (32, 64, 128), (2, 3, 4)):
@@ -106,10 +110,15 @@ def candidates() -> Iterator[Launch]:
             yield Launch(rows, step, 8, stages, registers=128)
 
 
-def fastest(name: str, time: Callable[[], float], say: Callable[[str], None]) -> tuple[Launch, float] | None:
-    """The candidate with which `time` is shortest; None where none runs."""
+def fastest(
+    name: str, time: Callable[[], float], say: Callable[[str], None], traps: Container[Launch] = ()
+) -> tuple[Launch, float] | None:
+    """The candidate with which `time` is shortest; None where none runs. `traps` must not run."""
     best: tuple[Launch, float] | None = None
     for at in candidates():
+        if at in traps:
+            say(f"{name}: {at}: no room in tensor memory")
+            continue
         _trial[name] = at
         try:
             measured = time()
@@ -124,14 +133,17 @@ def fastest(name: str, time: Callable[[], float], say: Callable[[str], None]) ->
     return best
 
 
-def write(gpu: str, found: dict[str, Launch]) -> Path:
-    """Puts launches into the table, atomically; what it has besides stays."""
+def write(gpu: str, found: Mapping[str, Launch | None]) -> Path:
+    """Puts launches into the table, atomically, or takes them out (None); what it has besides stays."""
     path = table_path()
-    table = {name: dict(section) for name, section in _table().items()}
+    table: dict[str, dict[str, Launch | None]] = {name: {**section} for name, section in _table().items()}
     table.setdefault(gpu, {}).update(found)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    stored = {name: {entry: asdict(at) for entry, at in section.items()} for name, section in table.items()}
+    stored = {
+        name: {entry: asdict(at) for entry, at in section.items() if at is not None}
+        for name, section in table.items()
+    }
     temporary.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
     temporary.replace(path)
     _table.cache_clear()
@@ -189,20 +201,43 @@ def _calls(dim: int, layout: BlockLayout, batch: int, heads: int, device: str = 
         return attention_triton.attention_backward(dout, q, k, v, out, lse, layout, mask, scale, -1)
 
     gradients = _Call(backward, lambda: exact()[1:], ("dq", "dk", "dv"))
-    return {"forward": _Call(forward, lambda: exact()[:1], ("out",)), "dq": gradients, "dkv": gradients}
+    return {
+        "forward": _Call(forward, lambda: exact()[:1], ("out",)),
+        **dict.fromkeys(KERNELS[1:], gradients),
+    }
 
 
-def _compile(name: str, kernel: str, at: Launch, dim: int, length: int, heads: int) -> None:
-    """Runs a kernel once with a launch, in a process of its own: its code stays in Triton's cache."""
+def is_trap(kernel: str, at: Launch, dim: int, whole: bool, major: int) -> bool:
+    """Whether Triton makes a trap of it, which ends the process's use of the GPU: so it does with tiles for
+    which Blackwell's tensor memory has no room."""
+    from ard_kernels.backends.attention_triton import production
+    from ard_kernels.compile_report import compile_one
+
+    try:
+        return major >= 10 and compile_one(production(kernel, dim, torch.bfloat16, at, whole), 100).trap
+    except Exception:  # no code at all: the measurement meets it again, and says so
+        return False
+
+
+def _compile(name: str, kernel: str, at: Launch, dim: int, length: int, heads: int) -> bool:
+    """Runs a kernel once with a launch, in a process of its own: its code stays in Triton's cache. A trap
+    does not run: returns whether it is one."""
+    from ard_kernels.backends.attention_triton import is_whole
+
+    layout = BlockLayout.uniform(4, length)
+    if is_trap(kernel, at, dim, is_whole(layout), torch.cuda.get_device_capability()[0]):
+        return True
     _trial[name] = at
-    with contextlib.suppress(Exception):  # the measurement meets it again, and says so
-        _calls(dim, BlockLayout.uniform(4, length), 2, heads)[kernel].run()
+    with contextlib.suppress(Exception):  # as above
+        _calls(dim, layout, 2, heads)[kernel].run()
     _trial.clear()
+    return False
 
 
 def tune(dims: list[int], length: int, batch: int, heads: int = 16) -> dict[str, Launch]:
-    """Measures forward, dq and dkv for block-causal attention over four blocks in bfloat16, and writes the
-    table after each. Launches with wrong results are passed over."""
+    """Measures the `KERNELS` for block-causal attention over four blocks in bfloat16, and writes the table
+    after each: fused, which is not deterministic, if it is faster than the best dq and dkv. Launches with
+    wrong results are passed over."""
     from triton.testing import do_bench
 
     from ard_kernels.backends import attention_triton as kernels
@@ -210,19 +245,44 @@ def tune(dims: list[int], length: int, batch: int, heads: int = 16) -> dict[str,
     gpu = torch.cuda.get_device_name()
     layout = BlockLayout.uniform(4, length)
     whole = kernels.is_whole(layout)
+    write(gpu, {key("fused", dim, whole): None for dim in dims})  # not in force while dq and dkv are measured
     jobs = [(key(kernel, dim, whole), kernel, at, dim, length, heads)
-            for dim in dims for kernel in ("forward", "dq", "dkv") for at in candidates()]  # fmt: skip
+            for dim in dims for kernel in KERNELS for at in candidates()]  # fmt: skip
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), multiprocessing.get_context("spawn")) as pool:
-        waiting = [pool.submit(_compile, *job) for job in jobs]
+        waiting = {pool.submit(_compile, *job): job for job in jobs}
         for done, _ in enumerate(as_completed(waiting), 1):  # no tqdm: this package needs PyTorch alone
             print(f"compiled {done} of {len(jobs)}", end="\n" if done == len(jobs) else "\r", flush=True)
+    traps: dict[str, set[Launch]] = {job[0]: set() for job in jobs}
+    for future, (name, _, at, *_) in waiting.items():
+        if future.result():
+            traps[name].add(at)
     found = {}
-    for dim in dims:
-        for kernel, call in _calls(dim, layout, batch, heads).items():
-            name = key(kernel, dim, whole)
-            best = fastest(name, partial(call.time, do_bench), partial(print, flush=True))
-            if best is not None:
-                found[name] = _trial[name] = best[0]  # dkv is measured beside the best dq
+    with in_any_order():
+        for dim in dims:
+            pair = math.inf
+            for kernel, call in _calls(dim, layout, batch, heads).items():
+                name = key(kernel, dim, whole)
+                best = fastest(name, partial(call.time, do_bench), partial(print, flush=True), traps[name])
+                if best is None:
+                    continue
+                if kernel == "fused" and best[1] >= pair:
+                    print(f"{name}: left out, dq and dkv take {pair:.3f} ms", flush=True)
+                    continue
+                if kernel in ("dq", "dkv"):  # dkv is measured beside the best dq
+                    pair = best[1]
+                found[name] = _trial[name] = best[0]
                 print(f"{name}: best {best[0]}, {best[1]:.3f} ms; in {write(gpu, found)}", flush=True)
-    _trial.clear()
+            _trial.clear()
     return found
+
+
+@contextlib.contextmanager
+def in_any_order() -> Iterator[None]:
+    """Sums may differ from run to run."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)

@@ -11,7 +11,9 @@ tensor cores take on Hopper: 72 costs 64 + 16 = 80 columns, not 128.
 
 The backward is two kernels, one that owns tiles of queries (dq, and delta = rowsum(out * dout) on the way)
 and one that owns tiles of keys (dk, dv). Each output element is summed by one program in a fixed order: two
-runs agree bitwise. Derivation: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
+runs agree bitwise. Where `tune` found it faster, and torch.use_deterministic_algorithms does not forbid it,
+the second kernel does it all: 5 matrix products in place of 7, but dq is summed in the order of arrival.
+Derivation: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
 """
 
 from __future__ import annotations
@@ -206,6 +208,22 @@ def _store(
         tl.store(p_tile, b_tile, mask=(o_d < D)[None, :])
     else:
         tl.store(p_tile, b_tile)
+
+
+@triton.jit
+def _add(
+    p_x, stride, b_tile, m_row, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, START: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Atomically, in an order that differs from run to run."""
+    o_d = START + tl.arange(0, COLS)
+    p_tile = p_x + (tl.arange(0, ROWS)[:, None] * (stride * 8) + o_d[None, :])
+    if MASKED:
+        tl.atomic_add(p_tile, b_tile, mask=m_row[:, None] & (o_d < D)[None, :], sem="relaxed")
+    elif START + COLS > D:
+        tl.atomic_add(p_tile, b_tile, mask=(o_d < D)[None, :], sem="relaxed")
+    else:
+        tl.atomic_add(p_tile, b_tile, sem="relaxed")
 
 
 @triton.jit
@@ -409,12 +427,34 @@ def _dq_kernel(
 
 
 @triton.jit
-def _dkv_step(
-    b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, q_t, do_t, left, factor,
-    MASKED: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+def _delta_kernel(
+    p_out, p_do, p_delta, do_b, do_t, do_h, heads, queries,
+    D: tl.constexpr, COLS: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """BM queries from p_q on, `left` of them there if MASKED. Scores are transposed: (keys, queries)."""
+    """delta = rowsum(out * dout), float32 (B, H, queries), of BM queries."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(queries, BM)
+    o_b, o_h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
+    first = (pid % tiles) * BM
+    o_m = first + tl.arange(0, BM)
+    m_m = o_m < queries
+    out_t = heads * (D // 8)
+    p_out = _row(p_out, o_b, o_h, first, queries * out_t, D // 8, out_t)
+    b_out = _load(p_out, out_t, m_m, True, BM, 0, COLS, D).to(tl.float32)
+    p_do = _row(p_do, o_b, o_h, first, do_b, do_h, do_t)
+    b_do = _load(p_do, do_t, m_m, True, BM, 0, COLS, D).to(tl.float32)
+    tl.store(p_delta + (o_b * heads + o_h) * queries + o_m, tl.sum(b_out * b_do, 1), mask=m_m)
+
+
+@triton.jit
+def _dkv_step(
+    b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, p_dq, q_t, do_t, dq_t,
+    left, m_n, factor, scale, MASKED: tl.constexpr, MASKED_KEYS: tl.constexpr, FUSED: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BM queries from p_q on, `left` of them there if MASKED; FUSED adds to their dq. Scores are transposed:
+    (keys, queries)."""
     o_m = tl.arange(0, BM)
     m_m = o_m < left
     b_q0, b_do0 = _load(p_q, q_t, m_m, MASKED, BM, 0, D0, D), _load(p_do, do_t, m_m, MASKED, BM, 0, D0, D)
@@ -436,23 +476,33 @@ def _dkv_step(
         b_s, b_dp = tl.where(m_m[None, :], b_s, float("-inf")), tl.where(m_m[None, :], b_dp, 0.0)
     b_p = tl.math.exp2(b_s * factor - b_lse[None, :])
     b_dv0 = _dot(b_p.to(b_do0.dtype), b_do0, b_dv0, UPCAST, PRECISION)
-    b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q0.dtype)
+    b_ds = b_p * (b_dp - b_delta[None, :])
+    if FUSED and MASKED_KEYS:  # infinity times a missing key's row of zeros is NaN
+        b_ds = tl.where(m_n[:, None], b_ds, 0.0)
+    b_ds = b_ds.to(b_q0.dtype)
     b_dk0 = _dot(b_ds, b_q0, b_dk0, UPCAST, PRECISION)
     if D1 > 0:
         b_dv1 = _dot(b_p.to(b_do1.dtype), b_do1, b_dv1, UPCAST, PRECISION)
         b_dk1 = _dot(b_ds, b_q1, b_dk1, UPCAST, PRECISION)
+    if FUSED:
+        b_dq0 = _dot(tl.trans(b_ds), b_k0, None, UPCAST, PRECISION)
+        _add(p_dq, dq_t, b_dq0 * scale, m_m, MASKED, BM, 0, D0, D)
+        if D1 > 0:
+            b_dq1 = _dot(tl.trans(b_ds), b_k1, None, UPCAST, PRECISION)
+            _add(p_dq, dq_t, b_dq1 * scale, m_m, MASKED, BM, D0, D1, D)
     return b_dk0, b_dk1, b_dv0, b_dv1
 
 
 @triton.jit
 def _dkv_kernel(
-    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_tiles,
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, p_dk, p_dv, p_tiles,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
-    heads, queries, keys, tiles, factor, scale,
+    heads, queries, keys, tiles, factor, scale, FUSED: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     WHOLE_ROWS: tl.constexpr, WHOLE_RANGES: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv (B, keys, H, D) of one tile of BN keys, over the queries that see it, BM at a time."""
+    """dk and dv (B, keys, H, D) of one tile of BN keys, over the queries that see it, BM at a time. FUSED
+    adds its share of their dq to p_dq, float32."""
     pid = tl.program_id(0)
     p_tile = p_tiles + (pid % tiles) * 7
     o_b, o_h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
@@ -474,23 +524,25 @@ def _dkv_kernel(
     p_do = _row(p_do, o_b, o_h, low, do_b, do_h, do_t)
     p_lse += (o_b * heads + o_h) * queries + low
     p_delta += (o_b * heads + o_h) * queries + low
+    out_t = heads * (D // 8)
+    p_dq = _row(p_dq, o_b, o_h, low, queries * out_t, D // 8, out_t)
     for _ in range((high - low) // BM):
         b_dk0, b_dk1, b_dv0, b_dv1 = _dkv_step(
-            b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, q_t, do_t, BM,
-            factor, False, D, D0, D1, BM, UPCAST, PRECISION,
+            b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, p_dq, q_t, do_t,
+            out_t, BM, m_n, factor, scale, False, MASKED, FUSED, D, D0, D1, BM, UPCAST, PRECISION,
         )  # fmt: skip
         p_q += q_t * (8 * BM)
         p_do += do_t * (8 * BM)
+        p_dq += out_t * (8 * BM)
         p_lse += BM
         p_delta += BM
     if not WHOLE_RANGES:
         left = (high - low) % BM
         if left > 0:
             b_dk0, b_dk1, b_dv0, b_dv1 = _dkv_step(
-                b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, q_t, do_t,
-                left, factor, True, D, D0, D1, BM, UPCAST, PRECISION,
+                b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, p_dq, q_t,
+                do_t, out_t, left, m_n, factor, scale, True, MASKED, FUSED, D, D0, D1, BM, UPCAST, PRECISION,
             )  # fmt: skip
-    out_t = heads * (D // 8)
     p_dk = _row(p_dk, o_b, o_h, first, keys * out_t, D // 8, out_t)
     p_dv = _row(p_dv, o_b, o_h, first, keys * out_t, D // 8, out_t)
     _store(p_dk, out_t, b_dk0 * scale, m_n, MASKED, BN, 0, D0, D)
@@ -516,9 +568,10 @@ def _split(dim: int) -> tuple[int, int]:
 def launch(
     kernel: str, dim: int, wide: bool, whole: bool, major: int, ranges: int = 1, few: bool = False
 ) -> Launch:
-    """The launch of "forward", "dq" or "dkv" at a head dim, for float32 inputs (`wide`) or 16-bit ones, for
-    blocks that are multiples of the tiles (`whole`), on compute capability `major`, where tiles have so many
-    ranges of keys, and for `few` tiles.
+    """The launch of "forward", "dq", "dkv" or "fused" at a head dim, for float32 inputs (`wide`) or 16-bit
+    ones, for blocks that are multiples of the tiles (`whole`), on compute capability `major`, where tiles
+    have so many ranges of keys, and for `few` tiles. "fused" runs as `tune` says; this is its launch in tests
+    and in the compile report.
 
     The largest tiles that compile without spills (`python -m ard_kernels compile-report`), the forward's of
     `few` half as large; not yet measured. At head dim 72 in bfloat16 on sm_90: forward 127 registers, dq 149,
@@ -535,6 +588,12 @@ def launch(
     if kernel == "forward" and columns <= 80:  # 147 registers if it may, 127 without spills; crowded 180
         return Launch(128, 64, 8, 3, registers=128 if major == 9 and not crowded else None)
     if kernel == "forward":
+        return Launch(128, 64, 8, 2)
+    if kernel == "fused" and major == 8:  # ragged it spills, whatever the tile
+        return Launch(128, 32 if columns <= 80 else 16, 8, 2)
+    if kernel == "fused" and columns > 64 and not (major == 9 and columns <= 80 and whole):
+        return Launch(128, 32, 8, 2) if major > 9 and whole else Launch(64, 64, 8, 2 if whole else 3)
+    if kernel == "fused":  # at 72 columns it has 8 bytes of stack on sm_90 if ragged, and is a trap on sm_100
         return Launch(128, 64, 8, 2)
     if major == 8 and kernel == "dkv" and columns > 96 and not whole:  # larger tiles have 8 bytes of stack
         return Launch(32, 16, 4, 2)
@@ -566,11 +625,21 @@ def _launch(kernel: str, q: Tensor, layout: BlockLayout, mask: Mask) -> Launch:
     one = functools.partial(launch, kernel, dim, wide, whole, ranges=ranges, few=few)
     if q.device.type != "cuda":
         return one(major=9)
-    measured = None
-    if not wide and not (few and kernel == "forward") and (whole or ranges == 1):  # what `tune` measures
-        measured = tuned(torch.cuda.get_device_name(q.device), key(kernel, dim, whole))
+    alike = not (few and kernel == "forward") and (whole or ranges == 1)  # to what `tune` measures
     major, _ = torch.cuda.get_device_capability(q.device)
-    return measured or one(major=major)
+    return (_measured(kernel, q, layout) if alike else None) or one(major=major)
+
+
+def _measured(kernel: str, q: Tensor, layout: BlockLayout) -> Launch | None:
+    """What `tune` found to be the fastest on this GPU."""
+    if q.device.type != "cuda" or q.dtype == torch.float32:
+        return None
+    return tuned(torch.cuda.get_device_name(q.device), key(kernel, q.shape[-1], is_whole(layout)))
+
+
+def _fused(q: Tensor, layout: BlockLayout) -> Launch | None:
+    """The launch of a backward in one kernel, where it was measured to be faster and may be taken."""
+    return None if torch.are_deterministic_algorithms_enabled() else _measured("fused", q, layout)
 
 
 def _common(q: Tensor) -> dict[str, Any]:
@@ -624,9 +693,9 @@ def attention_forward(
             **at.options,
         )  # fmt: skip
         if parts > 1:
-            _combine_kernel[(batch * heads * -(-queries // _COMBINE_ROWS),)](
+            _combine_kernel[(batch * heads * -(-queries // _ROWS),)](
                 part_out, part_lse, out, lse, batch, heads, queries,
-                D=dim, COLS=triton.next_power_of_2(dim), BM=_COMBINE_ROWS, PARTS=parts, num_warps=4,
+                D=dim, COLS=triton.next_power_of_2(dim), BM=_ROWS, PARTS=parts, num_warps=4,
             )  # fmt: skip
     return out, lse
 
@@ -636,7 +705,7 @@ def attention_forward(
 # on the device; at least two steps a share, and eight shares, bound the partial results.
 _FILL = 264
 _MOST_PARTS = 8
-_COMBINE_ROWS = 16
+_ROWS = 16  # of a program that reads no more than it is to write
 
 
 def _parts(layout: BlockLayout, mask: Mask, block: int, programs: int, step: int) -> int:
@@ -650,7 +719,7 @@ def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: BlockLayout, mask: Mask,
     scale: float, block: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    batch, queries, heads, _ = q.shape
+    batch, queries, heads, dim = q.shape
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     if q.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
@@ -658,34 +727,44 @@ def attention_backward(
     q, scale = _positive(q, scale)
     q, k, v, out, dout = (_loadable(x) for x in (q, k, v, out, dout))
     delta = torch.empty_like(lse)
+    fused = _fused(q, layout)
+    sums = dq if fused is None else torch.zeros_like(dq, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        at = _launch("dq", q, layout, mask)
-        tiles = _query_tiles(layout, mask, block, at.rows, at.step, 1, q.device)
-        _dq_kernel[(tiles.count * batch * heads,)](
-            q, k, v, out, dout, lse, dq, delta, tiles.table,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(dout),
-            heads, queries, tiles.count, scale * _LOG2E, scale,
-            **_common(q), BM=at.rows, BN=at.step, RANGES=tiles.ranges,
-            WHOLE_ROWS=tiles.whole_rows, WHOLE_RANGES=tiles.whole_ranges,
-            **at.options,
-        )  # fmt: skip
-        at = _launch("dkv", q, layout, mask)
+        if fused is not None:
+            _delta_kernel[(batch * heads * -(-queries // _ROWS),)](
+                out, dout, delta, *_strides(dout), heads, queries,
+                D=dim, COLS=triton.next_power_of_2(dim), BM=_ROWS, num_warps=4,
+            )  # fmt: skip
+        else:
+            at = _launch("dq", q, layout, mask)
+            tiles = _query_tiles(layout, mask, block, at.rows, at.step, 1, q.device)
+            _dq_kernel[(tiles.count * batch * heads,)](
+                q, k, v, out, dout, lse, dq, delta, tiles.table,
+                *_strides(q), *_strides(k), *_strides(v), *_strides(dout),
+                heads, queries, tiles.count, scale * _LOG2E, scale,
+                **_common(q), BM=at.rows, BN=at.step, RANGES=tiles.ranges,
+                WHOLE_ROWS=tiles.whole_rows, WHOLE_RANGES=tiles.whole_ranges,
+                **at.options,
+            )  # fmt: skip
+        at = fused or _launch("dkv", q, layout, mask)
         tiles = _key_tiles(layout, mask, block, at.rows, at.step, q.device)
         _dkv_kernel[(tiles.count * batch * heads,)](
-            q, k, v, dout, lse, delta, dk, dv, tiles.table,
+            q, k, v, dout, lse, delta, sums, dk, dv, tiles.table,
             *_strides(q), *_strides(k), *_strides(v), *_strides(dout),
-            heads, queries, k.shape[1], tiles.count, scale * _LOG2E, scale,
+            heads, queries, k.shape[1], tiles.count, scale * _LOG2E, scale, FUSED=fused is not None,
             **_common(q), BM=at.step, BN=at.rows,
             WHOLE_ROWS=tiles.whole_rows, WHOLE_RANGES=tiles.whole_ranges,
             **at.options,
         )  # fmt: skip
+    if fused is not None:
+        dq.copy_(sums)
     return (dq if sign == 1.0 else dq * sign), dk, dv
 
 
 # Ahead of time
 
 
-_KERNELS = {"forward": _forward_kernel, "dq": _dq_kernel, "dkv": _dkv_kernel}
+_KERNELS = {"forward": _forward_kernel, "dq": _dq_kernel, "dkv": _dkv_kernel, "fused": _dkv_kernel}
 _TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _FLOAT_ARGUMENTS = ("p_lse", "p_delta", "p_part", "p_part_lse")
 
@@ -697,12 +776,16 @@ def production(
     d0, d1 = _split(dim)
     constexprs = {
         "D": dim, "D0": d0, "D1": d1, "UPCAST": False, "PRECISION": "tf32",
-        "BM": at.step if kernel == "dkv" else at.rows, "BN": at.rows if kernel == "dkv" else at.step,
+        "BM": at.rows, "BN": at.step, "FUSED": kernel == "fused",
         "RANGES": ranges, "WHOLE_ROWS": whole, "WHOLE_RANGES": whole,
     }  # fmt: skip
+    if kernel in ("dkv", "fused"):
+        constexprs |= {"BM": at.step, "BN": at.rows}
     names = _KERNELS[kernel].arg_names
     constexprs = {name: value for name, value in constexprs.items() if name in names}
     signature = {name: _type(name, dtype) for name in names if name not in constexprs}
+    if kernel == "fused":
+        signature["p_dq"] = "*fp32"
     label = f"{_TRITON_TYPES[dtype]}{'' if whole else ' ragged'}{' 2 ranges' if ranges == 2 else ''}"
     return Production(
         name=f"attention {kernel} {label} d={dim} {at.rows}x{at.step}",
@@ -713,11 +796,13 @@ def production(
     )
 
 
-def _combine_production() -> Production:
-    names = _combine_kernel.arg_names
-    constexprs = {"D": 72, "COLS": 128, "BM": _COMBINE_ROWS, "PARTS": _MOST_PARTS}
-    signature = {name: _type(name, torch.bfloat16) for name in names if name not in constexprs}
-    return Production("attention combine bf16 d=72", _combine_kernel, signature, constexprs, {"num_warps": 4})
+def _small_productions() -> Iterator[Production]:
+    """Those without matrix products."""
+    for name, kernel in (("combine", _combine_kernel), ("delta", _delta_kernel)):
+        constexprs = {"D": 72, "COLS": 128, "BM": _ROWS, "PARTS": _MOST_PARTS}
+        constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
+        signature = {name: _type(name, torch.bfloat16) for name in kernel.arg_names if name not in constexprs}
+        yield Production(f"attention {name} bf16 d=72", kernel, signature, constexprs, {"num_warps": 4})
 
 
 def _type(name: str, dtype: torch.dtype) -> str:
@@ -732,19 +817,19 @@ def _type(name: str, dtype: torch.dtype) -> str:
 
 def production_kernels(arch: int) -> Iterator[Production]:
     """What `attention_forward` and `attention_backward` launch at the usual head dims on sm_`arch`."""
-    yield _combine_production()
+    yield from _small_productions()
     for kernel in _KERNELS:
         one = functools.partial(launch, kernel, major=arch // 10)
         for dim in (32, 64, 72, 96, 128):
             yield production(kernel, dim, torch.bfloat16, one(dim, wide=False, whole=True))
         for dim, whole in itertools.product((64, 72, 128), (True, False)):
             make = functools.partial(production, kernel, dim, torch.bfloat16, whole=whole)
-            if not whole:
+            if not whole and not (kernel == "fused" and arch == 80):
                 yield make(one(dim, wide=False, whole=whole))
-            if kernel != "dkv":  # a key is seen by one range of queries
+            if kernel in ("forward", "dq"):  # a key is seen by one range of queries
                 yield make(one(dim, wide=False, whole=whole, ranges=2), ranges=2)
             if kernel == "forward":
                 yield make(one(dim, wide=False, whole=whole, few=True))
         yield production(kernel, 72, torch.float16, one(72, wide=False, whole=True))
-        for dim in (64, 72, 128):
+        for dim in (64, 72, 128) if kernel != "fused" else ():  # which takes no float32
             yield production(kernel, dim, torch.float32, one(dim, wide=True, whole=False), whole=False)

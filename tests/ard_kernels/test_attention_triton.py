@@ -8,9 +8,11 @@ import pytest
 import torch
 from variants import gradients, packed_qkv
 
+import ard_kernels
 from ard_kernels import BlockLayout, block_attention, cached_block_attention, reference
 from ard_kernels.backends import attention_triton
 from ard_kernels.layout import MASKS
+from ard_kernels.tune import in_any_order
 
 pytestmark = pytest.mark.usefixtures("triton")
 
@@ -55,6 +57,51 @@ def test_the_larger_tiles_of_a_full_batch(
         leaves = [part.to(kind).requires_grad_() for part in x.unbind(2)]
         results.append(gradients(attend(*leaves, layout, mask), *leaves))
     assert_accurate(*results, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("mask", "lengths", "dim"),
+    [
+        ("causal", (128, 128), 72),
+        ("causal", (64, 129, 63), 72),
+        ("diagonal", (70, 1, 130), 64),
+        ("window", (70, 1, 130), 24),
+        ("anchor", (70, 1, 130), 128),
+    ],
+)
+def test_a_backward_in_one_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+    assert_accurate: Callable[..., None],
+    mask: str,
+    lengths: tuple[int, ...],
+    dim: int,
+) -> None:
+    """Of which `tune` finds out whether it is faster, and which determinism rules out."""
+    layout = BlockLayout(lengths)
+    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 9
+    whole = attention_triton.is_whole(layout)
+    at = attention_triton.launch("fused", dim, wide=False, whole=whole, major=major)
+    monkeypatch.setattr(attention_triton, "_measured", lambda kernel, *_: at if kernel == "fused" else None)
+    x = packed_qkv(layout.total, dim, torch.bfloat16)
+    x[:, :, 0] += 5  # scores far below those of a missing key, which are zero
+    x[:, :, 1] -= 5
+    assert attention_triton._fused(x, layout) is None
+    for block in (None, layout.blocks - 1):
+        results = []
+        for kernels, dtype in (
+            (ard_kernels, x.dtype),
+            (reference, torch.float64),
+            (reference, x.dtype),
+        ):
+            q, k, v = (part.to(dtype).requires_grad_() for part in x.unbind(2))
+            with in_any_order():
+                assert attention_triton._fused(x, layout) == at
+                if block is None:
+                    out = kernels.block_attention(q, k, v, layout, mask)
+                else:
+                    out = kernels.cached_block_attention(q[:, layout.slice(block)], k, v, layout, block, mask)
+                results.append(gradients(out, q, k, v))
+        assert_accurate(*results, 3.0)
 
 
 @pytest.mark.parametrize("tokens", [64, 70])
