@@ -59,13 +59,14 @@ def _run(
 
 def _check(
     assert_accurate: Callable[..., None], ours: Attention, meaning: Attention, inputs: tuple[Tensor, ...],
-    *args: Any, **kwargs: Any,
+    *args: Any, terms: float = 1.0,
 ) -> None:  # fmt: skip
+    """With a few keys, unit normals cancel."""
     dout = normal(*inputs[0].shape, dtype=inputs[0].dtype, seed=1)
-    got = _run(ours, inputs, dout, *args, **kwargs)
-    exact = _run(meaning, tuple(x.double() for x in inputs), dout, *args, **kwargs)
-    plain = _run(meaning, inputs, dout, *args, **kwargs)
-    assert_accurate(got, exact, plain, _UNITS[products(inputs[0].dtype)], products(inputs[0].dtype))
+    got = _run(ours, inputs, dout, *args)
+    exact = _run(meaning, tuple(x.double() for x in inputs), dout, *args)
+    plain = _run(meaning, inputs, dout, *args)
+    assert_accurate(got, exact, plain, _UNITS[products(inputs[0].dtype)], products(inputs[0].dtype), terms)
 
 
 def _examples(backend: str) -> settings:
@@ -124,7 +125,7 @@ def test_long_sequences(
     if _refused(backend, dtype):
         return
     inputs = _qkv(layout, 1, 1 if interpreted(backend) else 16, 16, dtype).unbind(2)
-    _check(assert_accurate, block_attention, reference.block_attention, inputs, layout, mask)
+    _check(assert_accurate, block_attention, reference.block_attention, inputs, layout, mask, terms=0.0)
 
 
 @pytest.mark.parametrize("mask", MASKS)

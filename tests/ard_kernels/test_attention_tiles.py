@@ -28,13 +28,14 @@ def _compare(
     layout: BlockLayout,
     mask: str,
     scale: float | None = None,
+    terms: float = 0.0,
 ) -> None:
     results = []
     meaning = reference.block_attention
     for attend, dtype in ((block_attention, x.dtype), (meaning, torch.float64), (meaning, x.dtype)):
         leaves = [part.detach().to(dtype).requires_grad_() for part in x.unbind(2)]
         results.append(gradients(attend(*leaves, layout, mask, scale), *leaves))
-    assert_accurate(*results, _UNITS[x.dtype], products(x.dtype))
+    assert_accurate(*results, _UNITS[x.dtype], products(x.dtype), terms)
 
 
 @pytest.mark.parametrize(
@@ -83,11 +84,11 @@ def test_rows_with_nothing_but_minus_infinity_so_far() -> None:
 def test_keys_that_are_not_there_weigh_nothing_under_very_low_scores(
     assert_accurate: Callable[..., None],
 ) -> None:
-    """All scores near -100: a missing key's score of 0 would weigh exp(100)."""
+    """All scores near -100: a missing key's score of 0 would weigh exp(100). dq cancels: keys are alike."""
     x = packed_qkv(70, 16) * 0.01
     x[:, :, 0] += 5
     x[:, :, 1] -= 5
-    _compare(assert_accurate, x, BlockLayout((70,)), "causal")
+    _compare(assert_accurate, x, BlockLayout((70,)), "causal", terms=0.02)
 
 
 def test_memory_that_cannot_be_loaded_in_vectors() -> None:
