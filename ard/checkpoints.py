@@ -295,8 +295,9 @@ def described(folder: Path, accepted: Container[str], wanted: str) -> Iterator[d
         yield description
 
 
-def load_teacher(folder: Path) -> tuple[DiT, Diffusion]:
+def load_teacher(folder: Path | str) -> tuple[DiT, Diffusion]:
     """The DiT of a folder, in evaluation mode and without gradients, and its noise schedule."""
+    folder = Path(folder)
     known = "DiT, or a subclass whose module has been imported"
     with described(folder, DiT.classes, known) as description:
         model = DiT.classes[description["class"]](**description["config"])
@@ -306,8 +307,9 @@ def load_teacher(folder: Path) -> tuple[DiT, Diffusion]:
     return model.eval().requires_grad_(False), diffusion
 
 
-def load_student(folder: Path) -> tuple[ARDTransformer, dict[str, Any]]:
+def load_student(folder: Path | str) -> tuple[ARDTransformer, dict[str, Any]]:
     """The student of a folder, in evaluation mode and without gradients, and what it was trained on."""
+    folder = Path(folder)
     with described(folder, ["ARDTransformer"], "ARDTransformer") as description:
         model, trajectories = ARDTransformer(**description["config"]), {**description["trajectories"]}
     load_weights(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)

@@ -2,12 +2,14 @@
 
     python -m benchmarks.cpu
 
-Attention, forward and backward, against scaled_dot_product_attention, plain matmuls and the eager backend;
-gated residual + adaLN, and GELU, against the eager backend and torch.compile of the composition. Candidates
-alternate in one process, which keeps the memory that it frees (with --default-allocator as the C library does
-it). Beside each time: useful GFLOP/s or GB/s, and the share of what this machine reaches in a large matrix
-product of that dtype or in a copy. Of attention also the memory that a call takes at most beside its inputs,
-each in a process of its own (on Linux).
+Attention of single sequences, forward and backward, against scaled_dot_product_attention, plain matmuls,
+torch.compile of these and the eager backend; between blocks, and the last step with a KV cache, against SDPA
+with a dense mask, and SDPA (flash) and matmuls per block, on the keys that it sees; gated residual + adaLN,
+and GELU, against the eager backend and torch.compile of the composition. Candidates alternate in one process,
+which keeps the memory that it frees (with --default-allocator as the C library does it). Beside each time:
+useful GFLOP/s or GB/s, and the share of what this machine reaches in a large matrix product of that dtype or
+in a copy. Of attention also the memory that a call takes at most beside its inputs, each in a process of its
+own (on Linux).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import ctypes
 import multiprocessing
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,9 @@ from torch.nn import functional as F
 
 from ard_kernels import BlockLayout, block_attention, gated_residual_adaln, gelu, reference, use_backend
 from ard_kernels.backends import native
+from ard_kernels.layout import Mask
 from benchmarks.common import RESULTS, environment, keep_freed_memory, medians, write_json
+from benchmarks.suite import attention
 from benchmarks.suite.adaln import plain
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -33,6 +38,8 @@ _LENGTHS = (64, 256, 1024)
 _HEAD_DIMS = (64, 72)
 _TOKENS = 4096  # of all samples together
 _HEADS = 6
+_BLOCK_CAUSAL = BlockLayout.uniform(4, 256)
+_VAR = BlockLayout([n * n for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)])
 _BATCH, _BLOCKS, _LENGTH, _WIDTH = 8, 4, 256, 1152  # of adaLN
 _HIDDEN = 1536  # the width inside DiT-S's MLP
 
@@ -82,15 +89,41 @@ def _attention_candidates(name: str, tokens: int, length: int, dim: int) -> dict
         return block_attention(*qkv, layout)
 
     return {"native": _with("native", both(ours)), "eager": _with("eager", both(ours)), "sdpa": both(_sdpa),
-            "matmul": both(_plain)}  # fmt: skip
+            "matmul": both(_plain), "compile": both(torch.compile(_plain, dynamic=False))}  # fmt: skip
 
 
 def _attention(name: str, length: int, dim: int, repeats: int) -> dict[str, Any]:
     seconds = medians(_attention_candidates(name, _TOKENS, length, dim), repeats)
     work = 7 * 2 * _TOKENS * _HEADS * length * dim / 1e9  # 2 products forward, 5 backward
     row = _row("attention", name, "both", seconds, work, "GFLOP/s", name)
-    memory = {candidate: _in_a_process(peak_memory, candidate, name, length, dim) for candidate in seconds}
+    memory = {
+        candidate: _in_a_process(peak_memory, candidate, name, length, dim)
+        for candidate in seconds
+        if candidate != "compile"  # which would compile again
+    }
     return {**row, "length": length, "head_dim": dim, "mib": memory}
+
+
+def _block_attention(
+    name: str, layout: BlockLayout, mask: Mask, repeats: int, block: int | None = None
+) -> dict[str, Any]:
+    """Forward and backward; of a step with a KV cache, whose queries are a block, forward."""
+    shape = attention.Shape(_TOKENS // layout.total, layout, _HEADS, _HEAD_DIMS[0], name, block)
+    others = [
+        c for c in attention.dense_candidates(shape, mask) if c.name in ("sdpa flash", "sdpa dense mask")
+    ]
+    inputs = attention.make_inputs(shape, "cpu", 0)
+    phase = shape.phases[-1]
+    methods = {key: attention.our_candidate(key, shape, mask).build() for key in ("native", "eager")}
+    methods |= {candidate.name: candidate.build() for candidate in others}
+    methods["matmul"] = attention.decomposed(_plain, shape, mask)
+    calls = {key: attention.prepared(method, [inputs], phase)(0) for key, method in methods.items()}
+    seconds = medians(calls, repeats)
+    pairs = shape.batch * _HEADS * layout.area(mask, block)
+    work = attention.PHASES[phase] * 4 * shape.dim * pairs / 1e9
+    row = _row("attention", name, "both" if block is None else phase, seconds, work, "GFLOP/s", name)
+    label = f"{mask}, {replace(shape, dtype='bfloat16')}"  # without dtype, which the row has
+    return {**row, "shape": label, "lengths": layout.lengths, "mask": mask, "block": block}
 
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -191,6 +224,8 @@ def _line(row: dict[str, Any], ceilings: dict[str, float]) -> str:
     what = f"{row['operator']} {row['dtype']}"
     if "length" in row:
         what += f" L={row['length']} Dh={row['head_dim']}"
+    if "shape" in row:
+        what += f" {row['shape']}"
     times = "  ".join(f"{name} {ms:.2f}" for name, ms in row["ms"].items())
     memory = row.get("mib", {})
     kept = "  ".join(f"{name} {mib:.0f}" for name, mib in memory.items() if mib is not None)
@@ -225,7 +260,12 @@ def main(arguments: list[str] | None = None) -> None:
             for dim in _HEAD_DIMS:
                 rows.append(_attention(name, length, dim, given.repeats))
                 print(_line(rows[-1], ceilings), flush=True)
-        for row in (*_adaln(name, given.repeats), *_gelu(name, given.repeats)):
+        blocks = (
+            _block_attention(name, _BLOCK_CAUSAL, "causal", given.repeats),
+            _block_attention(name, _VAR, "causal", given.repeats),
+            _block_attention(name, _BLOCK_CAUSAL, "causal", given.repeats, block=_BLOCK_CAUSAL.blocks - 1),
+        )
+        for row in (*blocks, *_adaln(name, given.repeats), *_gelu(name, given.repeats)):
             rows.append(row)
             print(_line(row, ceilings), flush=True)
     write_json(given.out, {"ceilings": ceilings, "rows": rows, "instruction_set": native.C.instruction_set(),

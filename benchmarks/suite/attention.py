@@ -29,7 +29,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from ard_kernels import BlockLayout, block_attention, cached_block_attention, use_backend
 from ard_kernels.layout import MASKS, Mask
 from ard_kernels.tune import check_results
-from benchmarks.suite.record import Recorder, backends, compared, compiled
+from benchmarks.suite.record import Recorder, backends, compared, compiled, tf32_allowed
 from benchmarks.suite.timing import Prepare, sets_beyond_cache
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -159,7 +159,7 @@ class Folded(Whole):
         super().__init__(attend)
 
 
-def _decomposed(dense: Attend, shape: Shape, mask: Mask) -> Method:
+def decomposed(dense: Attend, shape: Shape, mask: Mask) -> Method:
     """Block attention by calls that know no masks."""
     layout, block = shape.layout, shape.block
     if block is not None:
@@ -225,7 +225,7 @@ def dense_candidates(shape: Shape, mask: Mask, every_pad: bool = False) -> list[
     ]
     packages = {name: where for name, where in PACKAGES.items() if installed(where[0])}
     calls += [(name, partial(_imported, *where, scale), None) for name, where in packages.items()]
-    made = [Candidate(name, partial(_decomposed, attend, shape, mask), pad) for name, attend, pad in calls]
+    made = [Candidate(name, partial(decomposed, attend, shape, mask), pad) for name, attend, pad in calls]
     if shape.block is None:
         made.append(Candidate("sdpa dense mask", lambda: Whole(partial(_masked, layout, mask, scale))))
     one_launch = _one_cached if shape.block is not None else _one_launch
@@ -575,14 +575,9 @@ def attention_masks(rec: Recorder) -> None:
     plan = [_quick_ones(rec, first, "diagonal"), _quick_ones(rec, unequal, "causal")]
     plan += [_quick_ones(rec, first, mask) for mask in MASKS if mask not in ("causal", "diagonal")]
     _run(rec, plan)
-    # Our backends against each other: the kernel is chosen where TF32 products are allowed.
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        wide = replace(first, dtype="float32")
+    wide = replace(first, dtype="float32")
+    with tf32_allowed():  # our backends against each other
         _run(rec, [(wide, "causal", lambda: our_candidates(wide, "causal", rec.device))])
-    finally:
-        torch.set_float32_matmul_precision(before)
     diagonal = [shape for dim in (72, 64, 128) for shape in shapes(rec.quick, dim)][1:]
     _run(rec, [_quick_ones(rec, shape, "diagonal") for shape in diagonal[: 0 if rec.quick else None]])
 

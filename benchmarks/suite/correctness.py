@@ -29,7 +29,7 @@ import ard_kernels
 from ard_kernels import BlockLayout, reference, use_backend
 from ard_kernels.layout import MASKS, Mask
 from benchmarks.common import ROOT
-from benchmarks.suite.record import Recorder, backends, compiled
+from benchmarks.suite.record import Recorder, backends, compiled, tf32_allowed
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -273,7 +273,6 @@ def cases(quick: bool) -> list[Case]:
 def with_backends(made: list[Case], device: str) -> list[tuple[Case, str]]:
     """Every case with every backend that takes its inputs on the device. What needs a large GPU is for the
     kernels: the eager backend would need more of it."""
-    torch.set_float32_matmul_precision("high")  # the Triton backend's condition for float32 attention
     return [
         (case, name)
         for case in made
@@ -425,6 +424,7 @@ def _poison(device: str) -> None:
 _THOROUGH, _PLAIN = 30.0, 5.0
 
 
+@tf32_allowed()
 def correctness(rec: Recorder) -> None:
     """This process's share of all cases; the rest goes on after a failure, unless the device is lost."""
     # What deterministic matrix products on CUDA ask for; read when the first one runs.
@@ -491,6 +491,7 @@ def _device_works(device: str) -> bool:
 # compute-sanitizer
 
 
+@tf32_allowed()
 def touch_everything(device: str) -> None:
     """The small cases forward and backward, in our backends: for a memory checker."""
     made = small_cases()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -153,6 +154,17 @@ def backends(family: str, *tensors: Tensor) -> list[str]:
              if name in available and module.supports(*tensors) is None]  # fmt: skip
     preferred = PREFERRED[tensors[0].device.type]
     return sorted(found, key=lambda name: (name == "eager", name not in preferred))
+
+
+@contextlib.contextmanager
+def tf32_allowed() -> Iterator[None]:
+    """The Triton backend's condition for float32 attention; also a decorator."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def compiled(function: Callable[..., Any], device: str, **options: Any) -> Callable[..., Any]:

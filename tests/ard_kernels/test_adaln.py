@@ -111,11 +111,12 @@ def _check(
     width=st.integers(16, 160),
     dtype=st.sampled_from(DTYPES),
     wide_tables=st.booleans(),
+    strided=st.booleans(),
     seed=st.integers(0, 9),
 )
 def test_values_and_gradients(
     backend: str, assert_accurate: Callable[..., None], name: str, lengths: list[int], batch: int, width: int,
-    dtype: torch.dtype, wide_tables: bool, seed: int,
+    dtype: torch.dtype, wide_tables: bool, strided: bool, seed: int,
 ) -> None:  # fmt: skip
     assume(takes(backend, dtype))
     if interpreted(backend):
@@ -123,6 +124,9 @@ def test_values_and_gradients(
     layout = BlockLayout(lengths)
     table_dtype = torch.promote_types(dtype, torch.float32) if wide_tables else dtype
     inputs = _inputs(name, layout, batch, width, dtype, table_dtype, seed)
+    if strided:  # every other element of the activations, tokens before samples in the tables
+        first, *tables = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs)
+        inputs = (first.repeat_interleave(2, -1)[..., ::2], *tables)
     _check(assert_accurate, name, inputs, layout)
 
 

@@ -69,6 +69,21 @@ def _check(
     assert_accurate(got, exact, plain, _UNITS[products(inputs[0].dtype)], products(inputs[0].dtype), terms)
 
 
+def _packed(x: Tensor) -> tuple[Tensor, ...]:
+    return x.unbind(2)
+
+
+def _heads_first(x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(part.transpose(1, 2).contiguous().transpose(1, 2) for part in x.unbind(2))
+
+
+def _stride_two(x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(part.repeat_interleave(2, -1)[..., ::2] for part in x.unbind(2))
+
+
+_VIEWS = (_packed, _heads_first, _stride_two)
+
+
 def _examples(backend: str) -> settings:
     """Triton's interpreter takes some 30 ms for every program."""
     return settings(max_examples=4 if backend == "triton" else 30)
@@ -84,6 +99,7 @@ def test_values_and_gradients(backend: str, assert_accurate: Callable[..., None]
         dim=st.sampled_from(range(16, 129, 8)),
         dtype=st.sampled_from([dtype for dtype in DTYPES if takes(backend, dtype)]),
         scale=st.sampled_from((None, 0.3)),
+        view=st.sampled_from(_VIEWS),
         seed=st.integers(0, 9),
     )
     def check(
@@ -93,10 +109,11 @@ def test_values_and_gradients(backend: str, assert_accurate: Callable[..., None]
         dim: int,
         dtype: torch.dtype,
         scale: float | None,
+        view: Callable[[Tensor], tuple[Tensor, ...]],
         seed: int,
     ) -> None:
         layout = BlockLayout(lengths)
-        inputs = _qkv(layout, batch, heads, dim, dtype, seed).unbind(2)
+        inputs = view(_qkv(layout, batch, heads, dim, dtype, seed))
         _check(assert_accurate, block_attention, reference.block_attention, inputs, layout, mask, scale)
 
     check()
@@ -142,21 +159,9 @@ def test_one_token_blocks_are_exact(backend: str, dtype: torch.dtype, mask: str)
         torch.testing.assert_close(out, v, rtol=2 * torch.finfo(products(dtype)).eps, atol=0)
 
 
-def _packed(x: Tensor) -> tuple[Tensor, ...]:
-    return x.unbind(2)
-
-
-def _heads_first(x: Tensor) -> tuple[Tensor, ...]:
-    return tuple(part.transpose(1, 2).contiguous().transpose(1, 2) for part in x.unbind(2))
-
-
-def _stride_two(x: Tensor) -> tuple[Tensor, ...]:
-    return tuple(part.repeat_interleave(2, -1)[..., ::2] for part in x.unbind(2))
-
-
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("layout", [RAGGED, UNIFORM], ids=["ragged", "uniform"])
-@pytest.mark.parametrize("view", [_packed, _heads_first, _stride_two])
+@pytest.mark.parametrize("view", _VIEWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides_do_not_matter(
     dtype: torch.dtype, view: Callable[[Tensor], tuple[Tensor, ...]], layout: BlockLayout, mask: str

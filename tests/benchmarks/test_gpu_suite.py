@@ -297,7 +297,7 @@ def test_dense_calls_put_together_are_block_attention(
             return reference.block_attention(q, k, v, layout, mask)
         return reference.cached_block_attention(q, k, v, layout, block, mask)
 
-    method, exact = attention._decomposed(dense, shape, mask), attention.Whole(meaning)
+    method, exact = attention.decomposed(dense, shape, mask), attention.Whole(meaning)
     wanted = exact.forward_backward(*inputs)
     for got, right in zip(method.forward_backward(*inputs), wanted, strict=True):
         torch.testing.assert_close(got, right)
