@@ -93,6 +93,7 @@ def _attention_candidates(name: str, tokens: int, length: int, dim: int) -> dict
 
 
 def _attention(name: str, length: int, dim: int, repeats: int) -> dict[str, Any]:
+    torch.compiler.reset()  # or it gives up after a few shapes
     seconds = medians(_attention_candidates(name, _TOKENS, length, dim), repeats)
     work = 7 * 2 * _TOKENS * _HEADS * length * dim / 1e9  # 2 products forward, 5 backward
     row = _row("attention", name, "both", seconds, work, "GFLOP/s", name)
