@@ -4,7 +4,9 @@
 
 The table goes to the file that `ARD_KERNELS_LAUNCHES` names, else to `~/.cache/ard_kernels/launches.json`;
 the first launch of a process reads it. It has one section per GPU name, and other GPUs' sections stay.
-Launches differ in speed and in the order of sums, not in meaning.
+Launches differ in speed and in the order of sums, not in meaning. "fused" is the whole backward in one
+kernel; where it is in the table, the rounding of dq differs from run to run, unless
+torch.use_deterministic_algorithms(True) is in force.
 """
 
 from __future__ import annotations

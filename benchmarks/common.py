@@ -33,8 +33,8 @@ def medians(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dic
     """Median seconds of one call of each candidate, by name.
 
     Every candidate runs once unmeasured. Then candidates alternate, one call each per round, the order
-    reversed every
-    other round: a slow moment of a shared machine falls on all of them, and none always follows the same one.
+    reversed every other round: a slow moment of a shared machine falls on all of them, and none always
+    follows the same one.
     """
     for run in candidates.values():
         run()

@@ -593,7 +593,7 @@ def launch(
         return Launch(128, 32 if columns <= 80 else 16, 8, 2)
     if kernel == "fused" and columns > 64 and not (major == 9 and columns <= 80 and whole):
         return Launch(128, 32, 8, 2) if major > 9 and whole else Launch(64, 64, 8, 2 if whole else 3)
-    if kernel == "fused":  # at 72 columns it has 8 bytes of stack on sm_90 if ragged, and is a trap on sm_100
+    if kernel == "fused":  # head dim 72: 8 bytes of stack on sm_90 if ragged, and a trap on sm_100
         return Launch(128, 64, 8, 2)
     if major == 8 and kernel == "dkv" and columns > 96 and not whole:  # larger tiles have 8 bytes of stack
         return Launch(32, 16, 4, 2)
@@ -705,7 +705,7 @@ def attention_forward(
 # on the device; at least two steps a share, and eight shares, bound the partial results.
 _FILL = 264
 _MOST_PARTS = 8
-_ROWS = 16  # of a program that reads no more than it is to write
+_ROWS = 16  # of a program of the kernels without matrix products
 
 
 def _parts(layout: BlockLayout, mask: Mask, block: int, programs: int, step: int) -> int:

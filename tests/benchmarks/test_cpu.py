@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ard.checkpoints import read_json
 from ard_kernels import BlockLayout
 from benchmarks import cpu
+from benchmarks.common import RESULTS
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_row_compares_with_the_fastest_of_the_others(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # 10 seconds
-    row = cpu._attention(dtype, 64, 64, 1)
+    (row,) = cpu._attention(dtype, 64, 64, 1)
     assert set(row["ms"]) == {"native", "eager", "sdpa", "matmul", "compile"}
     others = [ms for name, ms in row["ms"].items() if name != "native"]
     assert row["ratio"] == pytest.approx(min(others) / row["ms"]["native"])
@@ -28,9 +30,16 @@ def test_a_row_of_attention_between_blocks(
     block: int | None, pairs: int, times: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "_TOKENS", 28)
-    row = cpu._block_attention("bfloat16", BlockLayout((3, 4)), "causal", 1, block)
+    (row,) = cpu._block_attention("bfloat16", BlockLayout((3, 4)), "causal", 1, block)
     masked = {"sdpa dense mask"} if block is None else set()
     assert set(row["ms"]) == {"native", "eager", "sdpa flash", "matmul"} | masked
     work = times * 4 * 64 * pairs * 4 * 6  # two products of head dim 64 a pair, four samples of six heads
     assert row["rate"] * row["ms"]["native"] * 1e6 == pytest.approx(work)
     assert "| attention bfloat16 causal, B4 S2 L3+4 H6 Dh64" in cpu._line(row, {"bfloat16": 1.0})
+
+
+def test_the_table_in_the_docs_is_the_recorded_one() -> None:
+    recorded = read_json(RESULTS / "cpu.json")
+    lines = (RESULTS.parents[1] / "docs" / "kernels.md").read_text().splitlines()
+    rows = [cpu._line(row, recorded["ceilings"]) for row in recorded["rows"]]
+    assert rows == [line for line in lines if "| native " in line]

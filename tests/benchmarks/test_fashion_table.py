@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from ard.checkpoints import read_json
 from ard.costs import PUBLISHED
 from ard.evaluation import EvaluateConfig, evaluate
 from benchmarks import fashion_table
+from benchmarks.common import RESULTS
 from benchmarks.fashion_table import ROWS, TableConfig, _collect, _make, _markdown, _runs, main
 
 
@@ -153,3 +155,8 @@ def test_unknown_rows_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(SystemExit, match=r"\['s9-n9'\] are unknown, accepted are s1-n0, s2-n0"):
         main()
     assert not [*tmp_path.iterdir()]
+
+
+def test_the_table_in_the_docs_is_the_recorded_one() -> None:
+    made = _markdown(read_json(RESULTS / "fashion_table.json")).rstrip("\n")
+    assert made in (RESULTS.parents[1] / "docs" / "table.md").read_text()
