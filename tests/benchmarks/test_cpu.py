@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -42,4 +44,4 @@ def test_the_table_in_the_docs_is_the_recorded_one() -> None:
     recorded = read_json(RESULTS / "cpu.json")
     lines = (RESULTS.parents[1] / "docs" / "kernels.md").read_text().splitlines()
     rows = [cpu._line(row, recorded["ceilings"]) for row in recorded["rows"]]
-    assert rows == [line for line in lines if "| native " in line]
+    assert rows == [line for line in lines if re.search(r"\| native \d", line)]
