@@ -56,6 +56,7 @@ bench: $(VENV)/.developer
 
 # The compiled kernels' tests under AddressSanitizer and UBSan, with a copy of the package beside such a build.
 SANITIZED := build/sanitize
+SANITIZED_TESTS ?= tests/ard_kernels
 ISAS ?= portable;avx2;avx512;avx512_bf16;amx_emulated
 RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(or $(CXX),c++) -print-file-name=lib$(name).so))
 
@@ -66,8 +67,7 @@ sanitize: $(VENV)/.developer
 	cmake --build $(SANITIZED)/cmake
 	rm -rf $(SANITIZED)/ard_kernels && cp -r ard_kernels $(SANITIZED)/ && cp $(SANITIZED)/cmake/_C.* $(SANITIZED)/ard_kernels/
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-	    python -m pytest -s -o pythonpath="$(SANITIZED) ." -k "native or compiled" $(ARGS) \
-	    tests/ard_kernels/test_native.py tests/ard_kernels/test_attention_tiles.py
+	    python -m pytest -s -o pythonpath="$(SANITIZED) ." -k "native or compiled" $(ARGS) $(SANITIZED_TESTS)
 
 lint: $(VENV)/.developer
 	$(BIN)/ruff check .
