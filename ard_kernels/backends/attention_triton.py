@@ -212,18 +212,12 @@ def _store(
 
 @triton.jit
 def _add(
-    p_x, stride, b_tile, m_row, MASKED: tl.constexpr,
-    ROWS: tl.constexpr, START: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+    p_x, stride, b_tile, m_row, ROWS: tl.constexpr, START: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr
+):
     """Atomically, in an order that differs from run to run."""
     o_d = START + tl.arange(0, COLS)
     p_tile = p_x + (tl.arange(0, ROWS)[:, None] * (stride * 8) + o_d[None, :])
-    if MASKED:
-        tl.atomic_add(p_tile, b_tile, mask=m_row[:, None] & (o_d < D)[None, :], sem="relaxed")
-    elif START + COLS > D:
-        tl.atomic_add(p_tile, b_tile, mask=(o_d < D)[None, :], sem="relaxed")
-    else:
-        tl.atomic_add(p_tile, b_tile, sem="relaxed")
+    tl.atomic_add(p_tile, b_tile, mask=m_row[:, None] & (o_d < D)[None, :], sem="relaxed")
 
 
 @triton.jit
@@ -486,10 +480,10 @@ def _dkv_step(
         b_dk1 = _dot(b_ds, b_q1, b_dk1, UPCAST, PRECISION)
     if FUSED:
         b_dq0 = _dot(tl.trans(b_ds), b_k0, None, UPCAST, PRECISION)
-        _add(p_dq, dq_t, b_dq0 * scale, m_m, MASKED, BM, 0, D0, D)
+        _add(p_dq, dq_t, b_dq0 * scale, m_m, BM, 0, D0, D)
         if D1 > 0:
             b_dq1 = _dot(tl.trans(b_ds), b_k1, None, UPCAST, PRECISION)
-            _add(p_dq, dq_t, b_dq1 * scale, m_m, MASKED, BM, D0, D1, D)
+            _add(p_dq, dq_t, b_dq1 * scale, m_m, BM, D0, D1, D)
     return b_dk0, b_dk1, b_dv0, b_dv1
 
 
