@@ -9,7 +9,7 @@ nothing, and only a tile or range that ends in the middle compares positions at 
 The head dimension is split into a power of two and a tail of at least 16 columns, the narrowest that the
 tensor cores take on Hopper: 72 costs 64 + 16 = 80 columns, not 128.
 
-The backward is two kernels, one that owns tiles of queries (dq, and delta = rowsum(out * dout) on the way)
+The backward is two kernels, one that owns tiles of queries (dq, and on the way delta = rowsum(out * dout))
 and one that owns tiles of keys (dk, dv). Each output element is summed by one program in a fixed order: two
 runs agree bitwise. Where `tune` found it faster, and torch.use_deterministic_algorithms does not forbid it,
 the second kernel does it all: 5 matrix products in place of 7, but dq is summed in the order of arrival.
@@ -364,14 +364,15 @@ def _dq_step(
 
 @triton.jit
 def _dq_kernel(
-    p_q, p_k, p_v, p_out, p_do, p_lse, p_dq, p_delta, p_tiles,
+    p_q, p_k, p_v, p_out, p_do, p_lse, p_dq, p_lse2, p_delta, p_tiles,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
     heads, queries, tiles, factor, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     RANGES: tl.constexpr, WHOLE_ROWS: tl.constexpr, WHOLE_RANGES: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq (B, queries, H, D) of one tile, and delta = rowsum(out * dout), float32 (B, H, queries)."""
+    """dq (B, queries, H, D) of one tile, and what `_dkv_kernel` takes of its queries: the log-sum-exp in base
+    2, and delta = rowsum(out * dout), float32 (B, H, queries)."""
     pid = tl.program_id(0)
     p_tile = p_tiles + (pid % tiles) * 7
     o_b, o_h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
@@ -395,6 +396,7 @@ def _dq_kernel(
     o_m = (o_b * heads + o_h) * queries + first + tl.arange(0, BM)
     tl.store(p_delta + o_m, b_delta, mask=m_m)
     b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf")) * 1.4426950408889634
+    tl.store(p_lse2 + o_m, b_lse, mask=m_m)
     b_dq0 = tl.zeros([BM, D0], tl.float32)
     b_dq1 = tl.zeros([BM, D1 if D1 > 0 else 16], tl.float32)
     for r in tl.static_range(RANGES):
@@ -422,10 +424,10 @@ def _dq_kernel(
 
 @triton.jit
 def _delta_kernel(
-    p_out, p_do, p_delta, do_b, do_t, do_h, heads, queries,
+    p_out, p_do, p_lse, p_lse2, p_delta, do_b, do_t, do_h, heads, queries,
     D: tl.constexpr, COLS: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(out * dout), float32 (B, H, queries), of BM queries."""
+    """What `_dq_kernel` tells `_dkv_kernel` of BM queries."""
     pid = tl.program_id(0)
     tiles = tl.cdiv(queries, BM)
     o_b, o_h = (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
@@ -437,12 +439,14 @@ def _delta_kernel(
     b_out = _load(p_out, out_t, m_m, True, BM, 0, COLS, D).to(tl.float32)
     p_do = _row(p_do, o_b, o_h, first, do_b, do_h, do_t)
     b_do = _load(p_do, do_t, m_m, True, BM, 0, COLS, D).to(tl.float32)
-    tl.store(p_delta + (o_b * heads + o_h) * queries + o_m, tl.sum(b_out * b_do, 1), mask=m_m)
+    o_m += (o_b * heads + o_h) * queries
+    tl.store(p_delta + o_m, tl.sum(b_out * b_do, 1), mask=m_m)
+    tl.store(p_lse2 + o_m, tl.load(p_lse + o_m, mask=m_m, other=0.0) * 1.4426950408889634, mask=m_m)
 
 
 @triton.jit
 def _dkv_step(
-    b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, p_dq, q_t, do_t, dq_t,
+    b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse2, p_delta, p_dq, q_t, do_t, dq_t,
     left, m_n, factor, scale, MASKED: tl.constexpr, MASKED_KEYS: tl.constexpr, FUSED: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -452,12 +456,13 @@ def _dkv_step(
     o_m = tl.arange(0, BM)
     m_m = o_m < left
     b_q0, b_do0 = _load(p_q, q_t, m_m, MASKED, BM, 0, D0, D), _load(p_do, do_t, m_m, MASKED, BM, 0, D0, D)
+    p_lse2, p_delta = p_lse2 + o_m, p_delta + o_m
+    if not MASKED_KEYS:  # blocks are multiples of a tile, and so are their first queries
+        p_lse2, p_delta = tl.multiple_of(p_lse2, 16), tl.multiple_of(p_delta, 16)
     if MASKED:
-        b_lse = tl.load(p_lse + o_m, mask=m_m, other=0.0) * 1.4426950408889634
-        b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
+        b_lse2, b_delta = tl.load(p_lse2, mask=m_m, other=0.0), tl.load(p_delta, mask=m_m, other=0.0)
     else:
-        b_lse = tl.load(p_lse + o_m) * 1.4426950408889634
-        b_delta = tl.load(p_delta + o_m)
+        b_lse2, b_delta = tl.load(p_lse2), tl.load(p_delta)
     b_s = _dot(b_k0, tl.trans(b_q0), None, UPCAST, PRECISION)
     b_dp = _dot(b_v0, tl.trans(b_do0), None, UPCAST, PRECISION)
     b_q1, b_do1 = b_q0, b_do0
@@ -468,7 +473,7 @@ def _dkv_step(
         b_dp = _dot(b_v1, tl.trans(b_do1), b_dp, UPCAST, PRECISION)
     if MASKED:  # a missing query's row of zeros times infinity is NaN
         b_s, b_dp = tl.where(m_m[None, :], b_s, float("-inf")), tl.where(m_m[None, :], b_dp, 0.0)
-    b_p = tl.math.exp2(b_s * factor - b_lse[None, :])
+    b_p = tl.math.exp2(b_s * factor - b_lse2[None, :])
     b_dv0 = _dot(b_p.to(b_do0.dtype), b_do0, b_dv0, UPCAST, PRECISION)
     b_ds = b_p * (b_dp - b_delta[None, :])
     if FUSED and MASKED_KEYS:  # infinity times a missing key's row of zeros is NaN
@@ -489,7 +494,7 @@ def _dkv_step(
 
 @triton.jit
 def _dkv_kernel(
-    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, p_dk, p_dv, p_tiles,
+    p_q, p_k, p_v, p_do, p_lse2, p_delta, p_dq, p_dk, p_dv, p_tiles,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
     heads, queries, keys, tiles, factor, scale, FUSED: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -516,25 +521,25 @@ def _dkv_kernel(
     b_dv1 = tl.zeros([BN, D1 if D1 > 0 else 16], tl.float32)
     p_q = _row(p_q, o_b, o_h, low, q_b, q_h, q_t)
     p_do = _row(p_do, o_b, o_h, low, do_b, do_h, do_t)
-    p_lse += (o_b * heads + o_h) * queries + low
+    p_lse2 += (o_b * heads + o_h) * queries + low
     p_delta += (o_b * heads + o_h) * queries + low
     out_t = heads * (D // 8)
     p_dq = _row(p_dq, o_b, o_h, low, queries * out_t, D // 8, out_t)
     for _ in range((high - low) // BM):
         b_dk0, b_dk1, b_dv0, b_dv1 = _dkv_step(
-            b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, p_dq, q_t, do_t,
+            b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse2, p_delta, p_dq, q_t, do_t,
             out_t, BM, m_n, factor, scale, False, MASKED, FUSED, D, D0, D1, BM, UPCAST, PRECISION,
         )  # fmt: skip
         p_q += q_t * (8 * BM)
         p_do += do_t * (8 * BM)
         p_dq += out_t * (8 * BM)
-        p_lse += BM
+        p_lse2 += BM
         p_delta += BM
     if not WHOLE_RANGES:
         left = (high - low) % BM
         if left > 0:
             b_dk0, b_dk1, b_dv0, b_dv1 = _dkv_step(
-                b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, p_dq, q_t,
+                b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse2, p_delta, p_dq, q_t,
                 do_t, out_t, left, m_n, factor, scale, True, MASKED, FUSED, D, D0, D1, BM, UPCAST, PRECISION,
             )  # fmt: skip
     p_dk = _row(p_dk, o_b, o_h, first, keys * out_t, D // 8, out_t)
@@ -720,20 +725,20 @@ def attention_backward(
     sign = math.copysign(1.0, scale) if scale else 0.0
     q, scale = _positive(q, scale)
     q, k, v, out, dout = (_loadable(x) for x in (q, k, v, out, dout))
-    delta = torch.empty_like(lse)
+    lse2, delta = lse.new_empty(2, *lse.shape)
     fused = _fused(q, layout)
     sums = dq if fused is None else torch.zeros_like(dq, dtype=torch.float32)
     with torch.cuda.device_of(q):
         if fused is not None:
             _delta_kernel[(batch * heads * -(-queries // _ROWS),)](
-                out, dout, delta, *_strides(dout), heads, queries,
+                out, dout, lse, lse2, delta, *_strides(dout), heads, queries,
                 D=dim, COLS=triton.next_power_of_2(dim), BM=_ROWS, num_warps=4,
             )  # fmt: skip
         else:
             at = _launch("dq", q, layout, mask)
             tiles = _query_tiles(layout, mask, block, at.rows, at.step, 1, q.device)
             _dq_kernel[(tiles.count * batch * heads,)](
-                q, k, v, out, dout, lse, dq, delta, tiles.table,
+                q, k, v, out, dout, lse, dq, lse2, delta, tiles.table,
                 *_strides(q), *_strides(k), *_strides(v), *_strides(dout),
                 heads, queries, tiles.count, scale * _LOG2E, scale,
                 **_common(q), BM=at.rows, BN=at.step, RANGES=tiles.ranges,
@@ -743,7 +748,7 @@ def attention_backward(
         at = fused or _launch("dkv", q, layout, mask)
         tiles = _key_tiles(layout, mask, block, at.rows, at.step, q.device)
         _dkv_kernel[(tiles.count * batch * heads,)](
-            q, k, v, dout, lse, delta, sums, dk, dv, tiles.table,
+            q, k, v, dout, lse2, delta, sums, dk, dv, tiles.table,
             *_strides(q), *_strides(k), *_strides(v), *_strides(dout),
             heads, queries, k.shape[1], tiles.count, scale * _LOG2E, scale, FUSED=fused is not None,
             **_common(q), BM=at.step, BN=at.rows,
@@ -760,7 +765,7 @@ def attention_backward(
 
 _KERNELS = {"forward": _forward_kernel, "dq": _dq_kernel, "dkv": _dkv_kernel, "fused": _dkv_kernel}
 _TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_FLOAT_ARGUMENTS = ("p_lse", "p_delta", "p_part", "p_part_lse")
+_FLOAT_ARGUMENTS = ("p_lse", "p_lse2", "p_delta", "p_part", "p_part_lse")
 
 
 def production(
