@@ -17,9 +17,11 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path
@@ -100,11 +102,23 @@ def tuned(gpu: str, name: str) -> Launch | None:
     return _trial.get(name) or _table().get(gpu, {}).get(name)
 
 
+def tuned_launches(gpu: str) -> dict[str, Launch]:
+    """All that is in the table for this GPU, by `key`."""
+    return dict(_table().get(gpu, {}))
+
+
 KERNELS = ("forward", "dq", "dkv", "fused")
 
 
-def candidates() -> Iterator[Launch]:
-    """Launches worth a measurement. 4 warps own 64 rows of a wgmma tile or less; larger tiles take 8."""
+def candidates(kernel: str, dim: int, whole: bool, major: int) -> tuple[Launch, ...]:
+    """Launches worth a measurement, the built-in one first."""
+    from ard_kernels.backends.attention_triton import launch
+
+    return tuple(dict.fromkeys([launch(kernel, dim, False, whole, major), *_grid()]))
+
+
+def _grid() -> Iterator[Launch]:
+    """4 warps own 64 rows of a wgmma tile or less; larger tiles take 8."""
     for rows, step, stages in itertools.product((64, 128), (32, 64, 128), (2, 3, 4)):
         yield Launch(rows, step, 4, stages)
         if rows == 128:
@@ -113,13 +127,17 @@ def candidates() -> Iterator[Launch]:
 
 
 def fastest(
-    name: str, time: Callable[[], float], say: Callable[[str], None], traps: Container[Launch] = ()
+    name: str,
+    among: Iterable[Launch],
+    time: Callable[[], float],
+    say: Callable[[str], None],
+    traps: Container[Launch] = (),
 ) -> tuple[Launch, float] | None:
-    """The candidate with which `time` is shortest; None where none runs. `traps` must not run."""
+    """The launch with which `time` is shortest; None where none runs. `traps` must not run."""
     best: tuple[Launch, float] | None = None
-    for at in candidates():
+    for at in among:
         if at in traps:
-            say(f"{name}: {at}: no room in tensor memory")
+            say(f"{name}: {at}: no code that may run")
             continue
         _trial[name] = at
         try:
@@ -216,7 +234,7 @@ def is_trap(kernel: str, at: Launch, dim: int, whole: bool, major: int) -> bool:
     from ard_kernels.compile_report import compile_one
 
     try:
-        return major >= 10 and compile_one(production(kernel, dim, torch.bfloat16, at, whole), 100).trap
+        return major in (10, 11) and compile_one(production(kernel, dim, torch.bfloat16, at, whole), 100).trap
     except Exception:  # no code at all: the measurement meets it again, and says so
         return False
 
@@ -236,6 +254,40 @@ def _compile(name: str, kernel: str, at: Launch, dim: int, length: int, heads: i
     return False
 
 
+Job = tuple[str, str, Launch, int, int, int]
+"""What `_compile` is told: name, kernel, launch, head dim, length of a block, heads."""
+
+
+def compile_all(
+    jobs: Sequence[Job], workers: int, run: Callable[..., bool] = _compile
+) -> Iterator[tuple[Job, bool]]:
+    """Every job, in processes, as it ends; and whether its code must not run: it is a trap, or its compiler
+    ended the process, as it would end this one."""
+    waiting = iter(jobs)
+    context = multiprocessing.get_context("spawn")
+    found: queue.SimpleQueue[tuple[Job, bool]] = queue.SimpleQueue()
+
+    def serve() -> None:
+        """With a process of its own: one that ends takes no other job along."""
+        pool = ProcessPoolExecutor(1, context)
+        while (job := next(waiting, None)) is not None:
+            try:
+                stop = pool.submit(run, *job).result()
+            except Exception as error:
+                stop = True
+                if isinstance(error, BrokenProcessPool):
+                    pool.shutdown()
+                    pool = ProcessPoolExecutor(1, context)
+            found.put((job, stop))
+        pool.shutdown()
+
+    with ThreadPoolExecutor(workers) as threads:
+        for _ in range(workers):
+            threads.submit(serve)
+        for _ in jobs:
+            yield found.get()
+
+
 def tune(dims: list[int], length: int, batch: int, heads: int = 16) -> dict[str, Launch]:
     """Measures the `KERNELS` for block-causal attention over four blocks in bfloat16, and writes the table
     after each: fused, which is not deterministic, if it is faster than the best dq and dkv. Launches with
@@ -244,27 +296,33 @@ def tune(dims: list[int], length: int, batch: int, heads: int = 16) -> dict[str,
 
     from ard_kernels.backends import attention_triton as kernels
 
-    gpu = torch.cuda.get_device_name()
+    measure = partial(do_bench, return_mode="median")
+    gpu, (major, _) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     layout = BlockLayout.uniform(4, length)
     whole = kernels.is_whole(layout)
+    kinds: Sequence[str] = KERNELS
+    if kernels.has_few_tiles(torch.empty(batch, layout.total, heads, 0)):
+        print("forward: left out, it has launches of its own for so few tiles; take more samples", flush=True)
+        kinds = KERNELS[1:]
     write(gpu, {key("fused", dim, whole): None for dim in dims})  # not in force while dq and dkv are measured
+    among = {(kernel, dim): candidates(kernel, dim, whole, major) for dim in dims for kernel in kinds}
     jobs = [(key(kernel, dim, whole), kernel, at, dim, length, heads)
-            for dim in dims for kernel in KERNELS for at in candidates()]  # fmt: skip
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(_compile, *job): job for job in jobs}
-        for done, _ in enumerate(as_completed(waiting), 1):  # no tqdm: this package needs PyTorch alone
-            print(f"compiled {done} of {len(jobs)}", end="\n" if done == len(jobs) else "\r", flush=True)
+            for (kernel, dim), launches in among.items() for at in launches]  # fmt: skip
     traps: dict[str, set[Launch]] = {job[0]: set() for job in jobs}
-    for future, (name, _, at, *_) in waiting.items():
-        if future.result():
+    for done, ((name, _, at, *_), trap) in enumerate(compile_all(jobs, min(os.cpu_count() or 1, 16)), 1):
+        # No tqdm: this package needs PyTorch alone.
+        print(f"compiled {done} of {len(jobs)}", end="\n" if done == len(jobs) else "\r", flush=True)
+        if trap:
             traps[name].add(at)
     found = {}
     with in_any_order():
         for dim in dims:
             pair = math.inf
-            for kernel, call in _calls(dim, layout, batch, heads).items():
+            calls = _calls(dim, layout, batch, heads)
+            for kernel in kinds:
                 name = key(kernel, dim, whole)
-                best = fastest(name, partial(call.time, do_bench), partial(print, flush=True), traps[name])
+                time, say = partial(calls[kernel].time, measure), partial(print, flush=True)
+                best = fastest(name, among[kernel, dim], time, say, traps[name])
                 if best is None:
                     continue
                 if kernel == "fused" and best[1] >= pair:

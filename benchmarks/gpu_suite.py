@@ -36,6 +36,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from typing import Any
 import torch
 
 import ard_kernels
+from ard_kernels.tune import tuned_launches
 from benchmarks.common import environment, write_json
 from benchmarks.suite.record import Settings, backends
 from benchmarks.suite.report import markdown, summary
@@ -95,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}: {seconds:.0f} s", flush=True)
         last, isolated = end + _OVERTIME, options.device == "cuda"
         found = run(name, settings, options.out / "parts", seconds, last, isolated)
-        results["sections"][name] = found
+        results["sections"][name] = {**found, _CLOCKS: _asked(_CLOCKS)}
         if name == "ceilings":
             ceilings = {row["name"]: row["value"] for row in found["rows"]}
             settings = Settings(settings.device, settings.quick, ceilings)
@@ -147,12 +149,23 @@ def _environment(commit: str | None) -> dict[str, Any]:
         found["capability"] = f"{card.major}.{card.minor}"
         found["multiprocessors"], found["l2_bytes"] = card.multi_processor_count, card.L2_cache_size
         found["memory_bytes"] = card.total_memory
+        name = torch.cuda.get_device_name()
+        found["launches"] = {entry: asdict(at) for entry, at in tuned_launches(name).items()}
     fields = "driver_version,clocks.sm,clocks.mem,power.limit"
+    return {**found, fields: _asked(fields)}
+
+
+# After each section: whether the card was slowed down.
+_CLOCKS = "clocks.sm,power.draw,temperature.gpu,clocks_event_reasons.active"
+
+
+def _asked(fields: str) -> str | None:
+    """What nvidia-smi says, where it is there."""
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    if shutil.which(query[0]):
-        answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-        found[fields] = answer.splitlines()[0] if answer else None
-    return found
+    if not shutil.which(query[0]):
+        return None
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return answer.splitlines()[0] if answer else None
 
 
 def _once(what: str, device: str) -> None:

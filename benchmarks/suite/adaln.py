@@ -8,7 +8,7 @@ dx and dh). `adaln` is the shape that the goals are set for, `adaln_more` the re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -104,6 +104,10 @@ def ours(backend: str, shape: Shape, device: str) -> Norm:
     return norm
 
 
+_TUNED = "torch.compile max-autotune"
+PEERS = ("pytorch", "torch.compile", _TUNED)
+
+
 def candidates(shape: Shape, device: str, mine: list[str]) -> dict[str, tuple[Callable[[], Norm], float]]:
     """How each is built, and the seconds that may take."""
     function = _PLAIN[shape.operator]
@@ -112,7 +116,7 @@ def candidates(shape: Shape, device: str, mine: list[str]) -> dict[str, tuple[Ca
         **{f"ours ({name})": (partial(ours, name, shape, device), 3) for name in mine},
         "pytorch": (lambda: function, 1),
         "torch.compile": (lambda: compiled(function, device, dynamic=False), 12),
-        "torch.compile max-autotune": (lambda: compiled(function, device, dynamic=False, **tune), 20),
+        _TUNED: (lambda: compiled(function, device, dynamic=False, **tune), 20),
     }
 
 
@@ -149,7 +153,8 @@ def prepared(norm: Norm, sets: list[Inputs], phase: str) -> Prepare:
     return forward if phase == "forward" else backward
 
 
-def compare(rec: Recorder, shape: Shape) -> None:
+def compare(rec: Recorder, shape: Shape, tuned: bool) -> None:
+    """Ours by default against the compiler that searches, or ours against all else."""
     first = make_inputs(shape, rec.device, 0)
     count = sets_beyond_cache(rec.device, shape.bytes_moved("forward"))
     sets = [first, *(make_inputs(shape, rec.device, seed) for seed in range(1, count))]
@@ -158,7 +163,8 @@ def compare(rec: Recorder, shape: Shape) -> None:
     torch.compiler.reset()
     ready: dict[str, dict[str, Prepare]] = {phase: {} for phase in PHASES}
     known = candidates(shape, rec.device, backends("adaln", *first[0]))
-    for name, (build, seconds) in known.items():
+    chosen = [next(iter(known)), _TUNED] if tuned else [name for name in known if name != _TUNED]
+    for name, (build, seconds) in ((name, known[name]) for name in chosen):
         own = name.startswith("ours")
         norm = rec.attempt(f"{shape} {name}", build, seconds, own)
         if norm is None:
@@ -176,7 +182,7 @@ def compare(rec: Recorder, shape: Shape) -> None:
             # About half of the bytes are writes. Those that fit into the cache may never reach memory.
             large = moved > 2 * cache_bytes(rec.device)
             time["percent"] = rec.settings.percent("copy", time["gbs"]) if large else None
-        _row(rec, str(shape), phase, times, list(known))
+        _row(rec, str(shape), phase, times, PEERS)
 
 
 def _checked(prepare: Prepare, exact: Any) -> Prepare:
@@ -188,14 +194,15 @@ def _checked(prepare: Prepare, exact: Any) -> Prepare:
     return prepare
 
 
-def _row(rec: Recorder, label: str, phase: str, times: dict[str, dict[str, Any]], known: list[str]) -> None:
+def _row(
+    rec: Recorder, label: str, phase: str, times: dict[str, dict[str, Any]], others: Iterable[str]
+) -> None:
     if not times:
         return
     line = ", ".join(
         f"{name} {time['ms']:.4f} ms" + (f" {time['gbs']:.0f} GB/s" if "gbs" in time else "")
         for name, time in times.items()
     )
-    others = [name for name in known if not name.startswith("ours")]
     rec.row(f"{label} {phase}: {line}", label=label, phase=phase,
             **compared(rec, label, times, others, (*PHASES, phase)))  # fmt: skip
 
@@ -257,7 +264,7 @@ def compare_in_block(rec: Recorder, shape: Shape, heads: int) -> None:
                 ready[name] = made
         with use_backend(best):
             times = rec.measure(f"{where} {phase}", ready)
-        _row(rec, where, phase, times, list(sides))
+        _row(rec, where, phase, times, ["pytorch"])
         torch.compiler.reset()
 
 
@@ -267,9 +274,16 @@ def shapes(quick: bool) -> list[Shape]:
     return [Shape(32, 1024, 1152, 4), Shape(8, 1024, 1152, 4), Shape(1, 1024, 1152, 4)]
 
 
+def _both(rec: Recorder, shape: Shape) -> None:
+    """What takes no search is written down before a search may take too long."""
+    for tuned in (False, True):
+        what = f"{shape}{', max-autotune' if tuned else ''}"
+        rec.attempt(what, partial(compare, rec, shape, tuned), 25 if tuned and not rec.quick else 5)
+        torch.compiler.reset()
+
+
 def adaln(rec: Recorder) -> None:
-    shape = shapes(rec.quick)[0]
-    rec.attempt(str(shape), partial(compare, rec, shape), 5)
+    _both(rec, shapes(rec.quick)[0])
 
 
 def adaln_more(rec: Recorder) -> None:
@@ -277,7 +291,6 @@ def adaln_more(rec: Recorder) -> None:
     others = [replace(first, residual="float32"), *others]
     others += [replace(first, operator=operator) for operator in ("adaln", "gated_residual")]
     for shape in others:
-        rec.attempt(str(shape), partial(compare, rec, shape), 5)
-        torch.compiler.reset()
+        _both(rec, shape)
     heads = 2 if rec.quick else 16
     rec.attempt(f"{first}, whole DiT block", partial(compare_in_block, rec, first, heads), 30)

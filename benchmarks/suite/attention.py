@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -78,6 +78,10 @@ class Method:
         """out, and what computes dq, dk and dv."""
         raise NotImplementedError
 
+    def backward(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        """The second alone, with dout as it is taken without a copy."""
+        return self.recorded(q, k, v, dout)[1]
+
     def forward_backward(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
         out, backward = self.recorded(q, k, v, dout)
         return out, *backward()
@@ -117,15 +121,24 @@ class PerBlock(Method):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.cat([self.dense(*piece) for piece in self._pieces(q, k, v)], 1)
 
+    def backward(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        parts = [x.contiguous() for x in dout.split(self.layout.lengths, 1)]
+        return self._recorded(q, k, v, parts)[1]
+
     def recorded(
         self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
+    ) -> tuple[Tensor, Callable[[], tuple[Tensor, ...]]]:
+        return self._recorded(q, k, v, dout.split(self.layout.lengths, 1))
+
+    def _recorded(
+        self, q: Tensor, k: Tensor, v: Tensor, douts: Sequence[Tensor]
     ) -> tuple[Tensor, Callable[[], tuple[Tensor, ...]]]:
         pieces = [[x.detach().requires_grad_() for x in piece] for piece in self._pieces(q, k, v)]
         outs = [self.dense(*piece) for piece in pieces]
 
         def backward() -> tuple[Tensor, ...]:
             leaves = [x for piece in pieces for x in piece]
-            grads = torch.autograd.grad(outs, leaves, dout.split(self.layout.lengths, 1))
+            grads = torch.autograd.grad(outs, leaves, douts)
             rest = list(zip(self.ranges, grads[1::3], grads[2::3], strict=True))
             if self.ranges[-1] == ((0, self.layout.total),):  # the last block's are the sums to add to
                 _, dk, dv = rest.pop()
@@ -213,7 +226,7 @@ def dense_candidates(shape: Shape, mask: Mask, every_pad: bool = False) -> list[
     """Those without compilation: per block, folded for `diagonal`.
 
     every_pad: whether cuDNN gets all the paddings of head dim 72, not 128 alone. It makes a plan of a second
-    for each shape that it meets, four of them forward and four backward for four blocks, and each pad.
+    for each shape that it meets, for four blocks and each pad four in inference, four forward, four backward.
     """
     layout, scale = shape.layout, shape.dim**-0.5
     kinds = [("sdpa cudnn", SDPBackend.CUDNN_ATTENTION), ("sdpa flash", SDPBackend.FLASH_ATTENTION)]
@@ -238,16 +251,23 @@ def dense_candidates(shape: Shape, mask: Mask, every_pad: bool = False) -> list[
     return made
 
 
-# Inductor's choice for head dim 128 on Hopper. For other dims it takes 64 x 64 with 4 warps, and
-# max-autotune does not try this one there.
-_FLEX_TILE = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3}
+# Inductor's choice for head dim 128 on Hopper. For other dims it takes 64 x 64 with 4 warps forward, and
+# max-autotune does not try this one there, nor loads by TMA, nor queries that are scaled first.
+_FLEX_TILE = {
+    "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3,
+    "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 64,
+    "bwd_num_warps": 8, "bwd_num_stages": 3,
+}  # fmt: skip
+_FLEX_TMA = {**_FLEX_TILE, "USE_TMA": True, "PRESCALE_QK": True}
 
 
 def flex_settings(shape: Shape, device: str) -> list[dict[str, Any]]:
     """Of `flex_candidate`, the quick ones first and of these the one that is likely to be the fastest."""
     tile = [{"tile": _FLEX_TILE}] if device == "cuda" and shape.dim not in (64, 128) else []
     pad = [{"pad": 128}] if shape.dim == 72 else []
-    return [*tile, {}, {"block": 256}, *pad, {"autotune": True}, {"block": 256, "autotune": True}]
+    tma = [{"tile": _FLEX_TMA}] if device == "cuda" else []
+    slow = [{"autotune": True}, {"block": 256, "autotune": True}]
+    return [*tile, *pad, {}, *tma, {"block": 256}, *slow]
 
 
 def flex_candidate(
@@ -261,6 +281,7 @@ def flex_candidate(
 ) -> Candidate:
     name = f"flex {block}{' max-autotune' if autotune else ''}{f', padded to {pad}' if pad else ''}"
     name += f", tile {tile['fwd_BLOCK_M']} x {tile['fwd_BLOCK_N']}" if tile else ""
+    name += ", TMA" if tile and tile.get("USE_TMA") else ""
     build = partial(_flex, shape, mask, device, block, autotune, tile)
     # Compiling forward and backward; tuning compiles six forwards, twice, and 28 backwards.
     return Candidate(name, build, pad, 60 if autotune else 12)
@@ -417,7 +438,7 @@ def prepared(method: Method, sets: list[Inputs], phase: str) -> Prepare:
         if phase == "forward + backward":
             return lambda: method.forward_backward(q, k, v, dout)
         if phase == "backward":
-            return method.recorded(q, k, v, dout)[1]
+            return method.backward(q, k, v, dout)
 
         def forward() -> object:
             with torch.no_grad():
@@ -524,17 +545,18 @@ def _run(rec: Recorder, plan: list[Comparison]) -> None:
             torch.cuda.empty_cache()
 
 
-def _quick_ones(rec: Recorder, shape: Shape, mask: Mask) -> Comparison:
-    """Everything that takes no minute to build."""
+def _uncompiled(rec: Recorder, shape: Shape, mask: Mask) -> Comparison:
+    """Ours, and all that is not compiled."""
+    return shape, mask, lambda: [*our_candidates(shape, mask, rec.device), *dense_candidates(shape, mask)]
 
-    def candidates() -> list[Candidate]:
-        found = [*our_candidates(shape, mask, rec.device), *dense_candidates(shape, mask)]
-        if shape.block is None:
-            best = flex_settings(shape, rec.device)[0]
-            found.append(flex_candidate(shape, mask, rec.device, **best))
-        return found
 
-    return shape, mask, candidates
+def _quick_ones(rec: Recorder, shape: Shape, mask: Mask) -> list[Comparison]:
+    """Everything that takes no minute to build; what is not compiled first, and written down before a
+    compiler may take too long."""
+    found = [_uncompiled(rec, shape, mask)]
+    if shape.block is None:
+        found.append(_flex_against(rec, shape, mask, **flex_settings(shape, rec.device)[0]))
+    return found
 
 
 def _against(rec: Recorder, shape: Shape, mask: Mask, others: list[Candidate]) -> Comparison:
@@ -542,8 +564,8 @@ def _against(rec: Recorder, shape: Shape, mask: Mask, others: list[Candidate]) -
     return shape, mask, lambda: [*our_candidates(shape, mask, rec.device)[:1], *others]
 
 
-def _flex_against(rec: Recorder, shape: Shape, **options: Any) -> Comparison:
-    return _against(rec, shape, "causal", [flex_candidate(shape, "causal", rec.device, **options)])
+def _flex_against(rec: Recorder, shape: Shape, mask: Mask = "causal", **options: Any) -> Comparison:
+    return _against(rec, shape, mask, [flex_candidate(shape, mask, rec.device, **options)])
 
 
 def attention(rec: Recorder) -> None:
@@ -553,17 +575,23 @@ def attention(rec: Recorder) -> None:
     made = shapes(rec.quick)
     known = {c.name for c in dense_candidates(made[0], "causal")}
     pads = [c for c in dense_candidates(made[0], "causal", every_pad=True) if c.name not in known]
-    plan = [_quick_ones(rec, shape, "causal") for shape in made]
-    plan += [_quick_ones(rec, shape, "causal") for shape in cached_shapes(rec.quick)]
-    if flex_settings(made[0], rec.device)[0] != {}:
-        plan += [_flex_against(rec, shape) for shape in made]
+    plan = [_uncompiled(rec, shape, "causal") for shape in [*made, *cached_shapes(rec.quick)]]
+    quick = [setting for setting in flex_settings(made[0], rec.device) if _is_quick(setting)]
+    plan += [_flex_against(rec, shape, **setting) for setting in quick for shape in made]
     plan += [_against(rec, made[0], "causal", pads)] if pads else []
     _run(rec, plan)
 
 
+def _is_quick(setting: dict[str, Any]) -> bool:
+    """Whether `attention` tries this setting of FlexAttention."""
+    return not setting or "pad" in setting or setting.get("tile") is _FLEX_TILE
+
+
 def attention_tuned(rec: Recorder) -> None:
-    settings = [s for s in flex_settings(shapes(rec.quick)[0], rec.device) if s and "tile" not in s]
-    settings.sort(key=lambda s: s != {"autotune": True})
+    """FlexAttention's own search first; last the padding that `attention` may have had no time for."""
+    known = flex_settings(shapes(rec.quick)[0], rec.device)
+    settings = [setting for setting in known if not _is_quick(setting) or "pad" in setting]
+    settings.sort(key=lambda s: (s != {"autotune": True}, "pad" in s))
     settings = settings[:1] if rec.quick else settings
     _run(rec, [_flex_against(rec, shape, **s) for s in settings for shape in shapes(rec.quick)])
 
@@ -572,20 +600,21 @@ def attention_masks(rec: Recorder) -> None:
     first = shapes(rec.quick)[0]
     # The sum is 4 * 1024 again, and no tile divides a block.
     unequal = replace(first, layout=BlockLayout((3, 1, 12) if rec.quick else (100, 300, 1100, 2596)))
-    plan = [_quick_ones(rec, first, "diagonal"), _quick_ones(rec, unequal, "causal")]
-    plan += [_quick_ones(rec, first, mask) for mask in MASKS if mask not in ("causal", "diagonal")]
-    _run(rec, plan)
+    pairs: list[tuple[Shape, Mask]] = [(first, "diagonal"), (unequal, "causal")]
+    pairs += [(first, mask) for mask in MASKS if mask not in ("causal", "diagonal")]
+    _run(rec, [one for pair in pairs for one in _quick_ones(rec, *pair)])
     wide = replace(first, dtype="float32")
     with tf32_allowed():  # our backends against each other
         _run(rec, [(wide, "causal", lambda: our_candidates(wide, "causal", rec.device))])
     diagonal = [shape for dim in (72, 64, 128) for shape in shapes(rec.quick, dim)][1:]
-    _run(rec, [_quick_ones(rec, shape, "diagonal") for shape in diagonal[: 0 if rec.quick else None]])
+    _run(rec, [one for shape in diagonal[: 0 if rec.quick else None]
+               for one in _quick_ones(rec, shape, "diagonal")])  # fmt: skip
 
 
 def attention_sizes(rec: Recorder) -> None:
     sizes = [(64, None)] if rec.quick else [(72, 1), (64, None), (128, None)]
     chosen = [shape for dim, batch in sizes for shape in shapes(rec.quick, dim, batch)]
-    _run(rec, [_quick_ones(rec, shape, "causal") for shape in chosen])
+    _run(rec, [one for shape in chosen for one in _quick_ones(rec, shape, "causal")])
 
 
 def attention_single(rec: Recorder) -> None:
@@ -594,5 +623,5 @@ def attention_single(rec: Recorder) -> None:
         (128, "causal"),
         *((dim, "diagonal") for dim in (72, 64, 128)),
     ]
-    _run(rec, [_quick_ones(rec, shape, mask) for dim, mask in (plan[:1] if rec.quick else plan)
-               for shape in shapes(rec.quick, dim, 1)])  # fmt: skip
+    _run(rec, [one for dim, mask in (plan[:1] if rec.quick else plan) for shape in shapes(rec.quick, dim, 1)
+               for one in _quick_ones(rec, shape, mask)])  # fmt: skip

@@ -29,7 +29,7 @@ import ard_kernels
 from ard_kernels import BlockLayout, reference, use_backend
 from ard_kernels.layout import MASKS, Mask
 from benchmarks.common import ROOT
-from benchmarks.suite.record import Recorder, backends, compiled, tf32_allowed
+from benchmarks.suite.record import Recorder, backends, compiled, device_works, tf32_allowed
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -437,7 +437,8 @@ def correctness(rec: Recorder) -> None:
     groups = sorted(dict.fromkeys(case.group for case in made), key=lambda group: -compiling[group])
     mine = set(groups[index::count])
     todo = with_backends([case for case in made if case.group in mine and _fits(rec, case)], rec.device)
-    todo.sort(key=lambda one: not one[0].thorough)  # the longest first: torch.compile makes their code
+    # Those that torch.compile makes code for take the longest, and of these ours are in question.
+    todo.sort(key=lambda one: (not one[0].thorough, one[1] == "eager"))
     rec.total = len(todo)
     for case, backend in todo:
         name = f"{backend} {case.name}"
@@ -453,7 +454,7 @@ def correctness(rec: Recorder) -> None:
                 torch.cuda.synchronize()
         except Exception as error:  # whatever a kernel does, it is a failure
             rec.fail(name, error)
-            if not _device_works(rec.device):
+            if not device_works(rec.device):
                 rec.fail("device", "lost after this failure; the rest of this process's cases was not run")
                 break
         else:
@@ -479,13 +480,6 @@ def _fits(rec: Recorder, case: Case) -> bool:
     if free < case.gigabytes:
         rec.error(case.name, f"needs {case.gigabytes:.0f} GB of the GPU's memory, free are {free:.0f}")
     return free >= case.gigabytes
-
-
-def _device_works(device: str) -> bool:
-    try:
-        return float(torch.ones(1, device=device).sum()) == 1
-    except RuntimeError:
-        return False
 
 
 # compute-sanitizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,19 @@ class Settings:
     def percent(self, ceiling: str, value: float) -> float | None:
         top = self.ceilings.get(ceiling)
         return 100 * value / top if top else None
+
+
+class DeviceLostError(RuntimeError):
+    """Nothing more can run in this process."""
+
+
+def device_works(device: str) -> bool:
+    try:
+        return float(torch.ones(1, device=device).sum()) == 1
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False
 
 
 class Recorder:
@@ -94,8 +107,12 @@ class Recorder:
         self.save()
         try:
             return run()
+        except DeviceLostError:
+            raise
         except Exception as error:  # peers fail in any way they like
             (self.fail if ours else self.error)(what, error)
+            if not device_works(self.device):  # else all that follows would count as failures of its own
+                raise DeviceLostError(f"the device was lost in {what}") from error
             return None
         finally:
             self.doing = around
@@ -137,6 +154,23 @@ def compared(
         "failed": failed,
         "missing": [name for name in untimed if name not in failed],
     }
+
+
+def best_of(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Of rows about the same shape, mask and phase, the one whose peer comes closest: a row's ratio compares
+    times that were taken in alternation. Besides, how many peers were `timed` in these rows, and which are
+    `untimed` that are not known to fail: one of these might come closer."""
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        alike.setdefault((row["label"], row.get("mask"), row["phase"]), []).append(row)
+    for same in alike.values():
+        rated = [row for row in same if row["ratio"] is not None]
+        if rated:
+            timed = {name for row in same for name in row["times"] if not name.startswith("ours")}
+            untimed = {name for row in same for name in row["missing"]} - timed
+            untimed -= {name for row in same for name in row["failed"]}
+            closest: dict[str, Any] = min(rated, key=lambda row: float(row["ratio"]))
+            yield {**closest, "timed": len(timed), "untimed": sorted(untimed)}
 
 
 def reason(error: BaseException | str) -> str:

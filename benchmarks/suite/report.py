@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from benchmarks.suite.demands import demands
+from benchmarks.suite.record import best_of
 
 Results = dict[str, Any]
 
@@ -57,8 +60,9 @@ def summary(results: Results) -> str:
     families: dict[str, list[dict[str, Any]]] = {}
     for name, section in sections.items():
         families.setdefault(_family(name), []).extend(section["rows"])
-    lines = [line for family, rows in families.items() if family in _SUMMARIES
-             for line in _SUMMARIES[family](rows)]  # fmt: skip
+    lines = [] if results["options"]["quick"] else [_demands_table(families, sections)]
+    lines += [line for family, rows in families.items() if family in _SUMMARIES
+              for line in _SUMMARIES[family](rows)]  # fmt: skip
     for name, section in sections.items():
         failed, errors, omitted = (len(section[kind]) for kind in ("failures", "errors", "omitted"))
         counts = f"{failed} FAILED, {omitted} had no time, {errors} could not run"
@@ -71,25 +75,17 @@ def summary(results: Results) -> str:
     return "\n".join(["```", *lines, "```"])
 
 
-def best_of(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Of rows about the same shape, mask and phase, the one whose peer comes closest: a row's ratio compares
-    times that were taken in alternation. Besides, how many peers were `timed` in these rows, `of` how many
-    that are not known to fail: what was not timed might come closer."""
-    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        alike.setdefault((row["label"], row.get("mask"), row["phase"]), []).append(row)
-    for same in alike.values():
-        rated = [row for row in same if row["ratio"] is not None]
-        if rated:
-            timed = {name for row in same for name in row["times"] if not name.startswith("ours")}
-            untimed = {name for row in same for name in row["missing"]} - timed
-            untimed -= {name for row in same for name in row["failed"]}
-            closest: dict[str, Any] = min(rated, key=lambda row: float(row["ratio"]))
-            yield {**closest, "timed": len(timed), "of": len(timed) + len(untimed)}
+def _demands_table(families: dict[str, list[dict[str, Any]]], sections: dict[str, Any]) -> str:
+    cells = []
+    for one in demands(families, sections):
+        wanted = f"{'at least' if one.least else 'at most'} {one.wanted}{one.unit}"
+        cells.append([one.what, wanted, _number(one.measured, 2, one.unit), one.answer, one.note])
+    return table(["demand", "wanted", "measured", "met", ""], cells)
 
 
 def _peer(row: dict[str, Any]) -> str:
-    some = f"{row['timed']} of {row['of']}" if row["timed"] < row["of"] else f"{row['timed']}"
+    known = row["timed"] + len(row["untimed"])
+    some = f"{row['timed']} of {known}" if row["untimed"] else f"{known}"
     return f"{row['best_peer']} (best of {some})"
 
 
@@ -107,10 +103,12 @@ def _attention_summary(rows: Sequence[dict[str, Any]]) -> list[str]:
 def _adaln_summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     cells = []
     for row in best_of(rows):
-        ours, peer = row["times"][row["ours"]], row["times"][row["best_peer"]]
-        cells.append([row["label"], row["phase"], row["ours"], _number(ours["ms"], 4),
-                      _number(ours.get("gbs"), 0), _number(ours.get("percent"), 0, " %"), _peer(row),
-                      _number(peer["ms"], 4), _number(row["ratio"], 2, "x")])  # fmt: skip
+        peer = row["times"][row["best_peer"]]
+        for name, ours in row["times"].items():
+            if name.startswith("ours"):
+                cells.append([row["label"], row["phase"], name, _number(ours["ms"], 4),
+                              _number(ours.get("gbs"), 0), _number(ours.get("percent"), 0, " %"), _peer(row),
+                              _number(peer["ms"], 4), _number(peer["ms"] / ours["ms"], 2, "x")])  # fmt: skip
     head = ["adaLN", "phase", "ours", "ms", "GB/s", "ceiling", "best peer", "ms", "faster"]
     return [table(head, cells)] if cells else []
 

@@ -50,7 +50,7 @@ _GRACE = 20.0
 
 # Seconds of the correctness section that are the sanitizer's, or a quarter. It waits until the checks have
 # compiled the kernels that it runs.
-_SANITIZER = 35.0
+_SANITIZER = 60.0
 
 _STOPPED = "was stopped at its time limit"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 
 from ard_kernels import BlockLayout, tune
 from ard_kernels.__main__ import main
+from ard_kernels.backends import attention_triton
 from ard_kernels.tune import Launch, candidates, fastest, key, tuned, write
 
 
@@ -22,10 +25,38 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tune._table.cache_clear()
 
 
+_LAUNCHES = candidates("forward", 72, True, 9)
+
+
+def test_the_built_in_launch_is_among_those_that_are_measured() -> None:
+    """The table replaces it: it must not be by a slower one."""
+    for kernel, dim, whole, major in itertools.product(
+        tune.KERNELS, (64, 72, 128), (True, False), (8, 9, 10)
+    ):
+        found = candidates(kernel, dim, whole, major)
+        assert found[0] == attention_triton.launch(kernel, dim, False, whole, major)
+        assert len(set(found)) == len(found) > 20
+
+
+def _dying(name: str, *_: object) -> bool:
+    if name == "dies":
+        os.abort()
+    if name == "raises":
+        raise RuntimeError
+    return name == "trap"
+
+
+def test_a_compiler_that_ends_its_process_costs_its_own_launch_alone() -> None:
+    names = ["a", "dies", "b", "trap", "raises", "c"]
+    jobs = [(name, "dq", _LAUNCHES[0], 72, 128, 2) for name in names]
+    found = {job[0]: stop for job, stop in tune.compile_all(jobs, 2, _dying)}
+    assert found == {"a": False, "b": False, "c": False, "dies": True, "raises": True, "trap": True}
+
+
 def test_the_fastest_that_runs_is_chosen(path: Path) -> None:
     """Every candidate is in force while it is timed; those that fail are passed over and named."""
-    times = {at: 10.0 - i for i, at in enumerate(candidates())}
-    last = list(candidates())[-1]
+    times = {at: 10.0 - i for i, at in enumerate(_LAUNCHES)}
+    last = _LAUNCHES[-1]
     seen, said = [], []
 
     def time() -> float:
@@ -36,10 +67,10 @@ def test_the_fastest_that_runs_is_chosen(path: Path) -> None:
             raise RuntimeError("out of resource: shared memory")
         return times[at]
 
-    trap = next(candidates())
-    best = fastest("forward 72", time, said.append, {trap})
-    assert [trap, *seen] == list(candidates())
-    assert said[0].endswith("no room in tensor memory")
+    trap = _LAUNCHES[0]
+    best = fastest("forward 72", _LAUNCHES, time, said.append, {trap})
+    assert [trap, *seen] == [*_LAUNCHES]
+    assert said[0].endswith("no code that may run")
     assert best == (seen[-2], times[seen[-2]])
     assert "out of resource" in said[-1]
     assert tuned("GPU", "forward 72") is None
@@ -47,7 +78,7 @@ def test_the_fastest_that_runs_is_chosen(path: Path) -> None:
 
 def test_a_launch_with_wrong_results_is_passed_over(path: Path) -> None:
     """However fast it is."""
-    at = list(candidates())
+    at = _LAUNCHES
     exact = (torch.ones(3), torch.full((3,), 2.0))
 
     def run() -> tuple[torch.Tensor, ...]:
@@ -56,7 +87,7 @@ def test_a_launch_with_wrong_results_is_passed_over(path: Path) -> None:
 
     said: list[str] = []
     call = tune._Call(run, lambda: exact, ("dk", "dv"))
-    best = fastest("dq 72", lambda: call.time(lambda _: 5.0), said.append)
+    best = fastest("dq 72", at, lambda: call.time(lambda _: 5.0), said.append)
     assert best == (at[0], 5.0)
     assert said[1].endswith("ArithmeticError: dv is wrong: relative error 3.0e-02")
     assert said[2].endswith("dv is wrong: relative error nan")
@@ -75,8 +106,8 @@ def test_every_kernel_that_is_tuned_is_held_to_the_same_in_float32() -> None:
 
 @pytest.mark.gpu
 def test_tuning_writes_what_later_calls_take(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "candidates", lambda: iter([Launch(64, 64, 4, 2), Launch(128, 64, 8, 2)]))
-    found = tune.tune([64], 128, 1, heads=2)
+    monkeypatch.setattr(tune, "candidates", lambda *_: (Launch(64, 64, 4, 2), Launch(128, 64, 8, 2)))
+    found = tune.tune([64], 128, 32, heads=2)
     assert {"forward 64", "dq 64", "dkv 64"} <= set(found) <= {f"{kernel} 64" for kernel in tune.KERNELS}
     tune._table.cache_clear()
     assert {name: tuned(torch.cuda.get_device_name(), name) for name in found} == found
