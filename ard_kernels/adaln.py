@@ -199,6 +199,7 @@ def _adaln_grad(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, .
     if dy is None:
         return (None,) * 7
     x, scale, mean, rstd = ctx.saved_tensors
+    mean, rstd = mean.contiguous(), rstd.contiguous()  # hooks on saved tensors may give others back
     wide = _wide(scale, ctx.shift_dtype)
     dx, dshift, dscale = _adaln_backward(dy, None, x, wide, mean, rstd, ctx.runs, ctx.backend)
     return dx, dshift.to(ctx.shift_dtype), dscale.to(scale.dtype), None, None, None, None
@@ -308,6 +309,7 @@ def _gated_residual_adaln_grad(
         return (None,) * 9
     # Once: activation checkpointing recomputes them for it.
     x, branch, gate, scale, mean, rstd = ctx.saved_tensors
+    mean, rstd = mean.contiguous(), rstd.contiguous()  # as in _adaln_grad
     dx = torch.zeros_like(x) if dx is None else dx
     dy = torch.zeros_like(x, dtype=ctx.y_dtype) if dy is None else dy
     wide = _wide(scale, ctx.shift_dtype)

@@ -179,7 +179,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 8
-    return *_block_attention_backward(dout, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+    q, k, v, out, lse = ctx.saved_tensors
+    # Contiguous, as the forward made them: hooks on saved tensors may give others back.
+    grads = _block_attention_backward(dout, q, k, v, out.contiguous(), lse.contiguous(), *ctx.options)
+    return *grads, None, None, None, None, None
 
 
 _block_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -132,6 +132,14 @@ def _part(ranges: tuple[tuple[int, int], ...], step: int, part: int, parts: int)
     return (*shares, *([0] * (4 - len(shares))))  # type: ignore[return-value]
 
 
+def _seen_by(layout: BlockLayout, mask: Mask, block: int) -> tuple[int, int]:
+    """The queries that see a block: one range with all four masks."""
+    own, total = layout.bounds[block], layout.total
+    if mask == "causal" or (mask == "anchor" and block == 0):
+        return own, total
+    return own, layout.bounds[min(block + (2 if mask == "window" else 1), layout.blocks)]
+
+
 @functools.cache
 def _key_tiles(
     layout: BlockLayout, mask: Mask, block: int, rows: int, step: int, device: torch.device
@@ -139,18 +147,9 @@ def _key_tiles(
     """Tiles of `rows` keys, each with the one range of queries that see it (empty for a hidden block)."""
     entries = []
     for j in range(layout.blocks):
-        seen_by = [
-            s
-            for s in (range(layout.blocks) if block < 0 else (block,))
-            if any(a <= layout.bounds[j] < b for a, b in layout.key_ranges(s, mask))
-        ]
-        low = high = 0
-        if seen_by and block < 0:
-            low, high = layout.bounds[seen_by[0]], layout.bounds[seen_by[-1] + 1]
-            # All four masks: the blocks that see a block are consecutive.
-            assert len(seen_by) == seen_by[-1] - seen_by[0] + 1
-        elif seen_by:
-            high = layout.lengths[block]
+        low, high = _seen_by(layout, mask, j)
+        if block >= 0:
+            low, high = 0, layout.lengths[block] if low <= layout.bounds[block] < high else 0
         for start in range(layout.bounds[j], layout.bounds[j + 1], rows):
             entries.append((start, min(start + rows, layout.bounds[j + 1]), low, high, 0, 0, 0))
     return _make_tiles(entries, rows, step, device)
@@ -159,6 +158,10 @@ def _key_tiles(
 # Kernels. Strides of samples, tokens and heads arrive divided by 8: multiplied out again here, the compiler
 # knows that a row starts at a multiple of 8 elements and loads 16 bytes at a time. The base of a tile is a
 # 64-bit scalar, offsets inside it are 32-bit.
+
+
+# A last batch of another size, or of one sample, is not compiled anew for what its code gains nothing from.
+_SIZES = ["batch", "heads", "queries", "keys", "tiles"]
 
 
 @triton.jit
@@ -249,7 +252,7 @@ def _attend(
     return b_acc0, b_acc1, b_new, b_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _forward_kernel(
     p_q, p_k, p_v, p_out, p_lse, p_tiles,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
@@ -303,7 +306,7 @@ def _forward_kernel(
         _store(p_out, out_t, b_acc1 / b_sum[:, None], m_m, MASKED, BM, D0, D1, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _combine_kernel(
     p_part, p_part_lse, p_out, p_lse, batch, heads, queries,
     D: tl.constexpr, COLS: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
@@ -362,7 +365,7 @@ def _dq_step(
     return b_dq0, b_dq1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _dq_kernel(
     p_q, p_k, p_v, p_out, p_do, p_lse, p_dq, p_lse2, p_delta, p_tiles,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
@@ -422,7 +425,7 @@ def _dq_kernel(
         _store(p_dq, out_t, b_dq1 * scale, m_m, MASKED, BM, D0, D1, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _delta_kernel(
     p_out, p_do, p_lse, p_lse2, p_delta, do_b, do_t, do_h, heads, queries,
     D: tl.constexpr, COLS: tl.constexpr, BM: tl.constexpr,
@@ -492,7 +495,7 @@ def _dkv_step(
     return b_dk0, b_dk1, b_dv0, b_dv1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _dkv_kernel(
     p_q, p_k, p_v, p_do, p_lse2, p_delta, p_dq, p_dk, p_dv, p_tiles,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
@@ -573,7 +576,7 @@ def launch(
     and in the compile report.
 
     The largest tiles that compile without spills (`python -m ard_kernels compile-report`), the forward's of
-    `few` half as large; not yet measured. At head dim 72 in bfloat16 on sm_90: forward 127 registers, dq 149,
+    `few` half as large; not yet measured. At head dim 72 in bfloat16 on sm_90: forward 127 registers, dq 150,
     dkv 246.
     """
     columns = sum(_split(dim))
@@ -616,11 +619,15 @@ def is_whole(layout: BlockLayout) -> bool:
     return all(length % _WHOLE == 0 for length in layout.runs[1::2])
 
 
+def has_few_tiles(q: Tensor) -> bool:
+    """A batch of one has 32 tiles of 128 rows at 16 heads of 256 tokens, an H200 132 multiprocessors."""
+    return 2 * q.shape[0] * q.shape[2] * -(-q.shape[1] // 128) <= _FILL
+
+
 def _launch(kernel: str, q: Tensor, layout: BlockLayout, mask: Mask) -> Launch:
     dim, wide, whole = q.shape[-1], q.dtype == torch.float32, is_whole(layout)
     ranges = 2 if mask == "anchor" and layout.blocks > 2 else 1
-    # A batch of one has 32 tiles of 128 rows at 16 heads of 256 tokens, an H200 132 multiprocessors.
-    few = 2 * q.shape[0] * q.shape[2] * -(-q.shape[1] // 128) <= _FILL
+    few = has_few_tiles(q)
     one = functools.partial(launch, kernel, dim, wide, whole, ranges=ranges, few=few)
     if q.device.type != "cuda":
         return one(major=9)
@@ -724,7 +731,7 @@ def attention_backward(
         return dq, dk.zero_(), dv.zero_()
     sign = math.copysign(1.0, scale) if scale else 0.0
     q, scale = _positive(q, scale)
-    q, k, v, out, dout = (_loadable(x) for x in (q, k, v, out, dout))
+    q, k, v, dout = (_loadable(x) for x in (q, k, v, dout))
     lse2, delta = lse.new_empty(2, *lse.shape)
     fused = _fused(q, layout)
     sums = dq if fused is None else torch.zeros_like(dq, dtype=torch.float32)

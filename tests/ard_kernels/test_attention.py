@@ -440,6 +440,23 @@ def test_compiled_attention_is_not_compiled_for_every_layout() -> None:
     assert counter.frame_count <= 4
 
 
+def _restrided(x: Tensor) -> Tensor:
+    """The same values, with the last dimension but one moving fastest."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def test_hooks_may_give_saved_tensors_other_strides(backend: str) -> None:
+    """As one that keeps them elsewhere, and does not care, may."""
+    batch, heads = _batch(backend)
+    inputs = _qkv(RAGGED, batch, heads + 1, 16, torch.float32).unbind(2)
+    dout = normal(*inputs[0].shape, seed=1)
+    expected = _run(block_attention, inputs, dout, RAGGED)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, _restrided):
+        got = _run(block_attention, inputs, dout, RAGGED)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)  # PyTorch's own sums have another order
+
+
 def test_a_second_derivative_is_refused_by_name() -> None:
     q, k, v = (x.requires_grad_() for x in _qkv(RAGGED, 1, 1, 16, torch.float32).unbind(2))
     (dq,) = torch.autograd.grad(block_attention(q, k, v, RAGGED).square().sum(), q, create_graph=True)
