@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -25,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 _ROOT = Path(__file__).parent.resolve()
 _CHOICES = ("auto", "on", "off")
 _ARCHITECTURES, _OLDEST = ["80", "90", "100"], 80  # of NVIDIA GPUs that the CUDA kernels are made for
-_FAILURES = (ImportError, OSError, RuntimeError)
+_FAILURES = (ImportError, OSError, RuntimeError, ValueError)
 
 
 class _CMake(build_ext):
@@ -74,7 +75,9 @@ class _CMake(build_ext):
             reason = "nvcc is not there"
         else:
             try:
-                architectures = ";".join(_architectures(nvcc, asked))
+                known = _architectures(nvcc, asked)
+                _compiles(nvcc, known[0])
+                architectures = ";".join(known)
                 self._compile(target, nvcc, "-DARD_CUDA=on", f"-DARD_CUDA_ARCHS={architectures}",
                               f"-DCMAKE_CUDA_COMPILER={nvcc}")  # fmt: skip
                 return
@@ -120,7 +123,7 @@ def _compilers(nvcc: str) -> str:
     names += [os.environ.get(name, "") for name in ("CC", "CXX", "CUDAHOSTCXX")]
     for command in ([nvcc], shlex.split(os.environ.get("CXX") or "c++")):
         with contextlib.suppress(OSError):
-            names.append(subprocess.run([*command, "--version"], capture_output=True, text=True).stdout)
+            names.append(_captured(*command, "--version").stdout)
     return hashlib.sha256("\0".join(names).encode()).hexdigest()[:8]
 
 
@@ -138,7 +141,7 @@ def _asked_for() -> list[str]:
     if not all(re.fullmatch(r"[0-9]+[af]?", name) and _number(name) >= _OLDEST for name in names):
         raise SystemExit(f"environment variable ARD_KERNELS_CUDA_ARCHS is {given!r}, accepted are "
                          f"compute capabilities such as '80 90 100', {_OLDEST} or newer")  # fmt: skip
-    return names
+    return list(dict.fromkeys(names))
 
 
 def _architectures(nvcc: str, asked: list[str]) -> list[str]:
@@ -156,6 +159,18 @@ def _architectures(nvcc: str, asked: list[str]) -> list[str]:
     return [name for name in wanted if name not in unknown]
 
 
+def _compiles(nvcc: str, architecture: str) -> None:
+    """An error in nvcc's own words if it does not: CMake would say no more than that it knows no such
+    compiler."""
+    flags = shlex.split(os.environ.get("CUDAFLAGS", ""))
+    if host := os.environ.get("CUDAHOSTCXX"):
+        flags += ["-ccbin", host]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "empty.cu")
+        source.touch()
+        _run(nvcc, *flags, f"-arch=sm_{architecture}", "-c", source, "-o", source.with_suffix(".o"))
+
+
 def _number(architecture: str) -> int:
     return int(architecture.rstrip("af"))
 
@@ -163,10 +178,10 @@ def _number(architecture: str) -> int:
 def _of_gpus() -> list[str]:
     """The architectures of the GPUs here that the kernels are for."""
     try:
-        seen = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
-                              capture_output=True, text=True, check=True).stdout  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
+        asked = _captured("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    except OSError:
         return []
+    seen = "" if asked.returncode else asked.stdout
     found = {int(line.replace(".", "")) for line in seen.split() if re.fullmatch(r"[0-9]+[.][0-9]", line)}
     return [str(number) for number in sorted(found) if number >= _OLDEST]
 
@@ -179,8 +194,15 @@ def _ninja() -> Path:
     return Path(found)
 
 
+def _captured(*command: object) -> subprocess.CompletedProcess[str]:
+    """With messages in English, whose "error" is looked for, and whatever bytes they have."""
+    words = [str(part) for part in command]
+    english = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(words, capture_output=True, text=True, errors="replace", env=english)
+
+
 def _run(*command: object) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    done = _captured(*command)
     sys.stdout.write(done.stdout)
     if done.returncode:
         sys.stderr.write(done.stderr)
@@ -189,16 +211,17 @@ def _run(*command: object) -> str:
 
 
 def _reason(log: str) -> str:
-    """What a build's log says first about why it failed: a compiler, which CMake may quote, else CMake."""
+    """What a build's log says first about why it failed: a compiler or assembler, which CMake may quote, else
+    CMake, else its last line."""
     lines = [line.strip() for line in log.splitlines()]
     for line in lines:
         # "x.cpp:1:2: error: ...", "x.cu(1): error #20-D: ...", "nvcc fatal   : ...", "ptxas error   : ..."
-        if re.search(r"\b(error|fatal)( #\S+)? *:", line):
+        if re.search(r"\b(error|fatal)( #\S+)? *:", line, re.IGNORECASE):
             return line
     for i, line in enumerate(lines):
         if line.startswith("CMake Error"):
             return " ".join(part for part in lines[i : i + 4] if part)
-    return ""
+    return next((line for line in reversed(lines) if line), "")
 
 
 def _one_line(error: BaseException) -> str:

@@ -148,7 +148,7 @@ void adaln_cuda(
     const Adaln a = adaln_arguments(batch, width, blocks, eps, tensors, mean, rstd);
     const char* error = cuda::adaln(
         a, reinterpret_cast<float*>(partial), backward, clusters, reinterpret_cast<void*>(stream));
-    if (error != nullptr) throw std::runtime_error(error);
+    if (error != nullptr) throw std::runtime_error(std::string("ard_kernels, adaLN in CUDA: ") + error);
 }
 #endif
 
@@ -163,6 +163,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef ARD_HAS_CUDA
     m.def("adaln_cuda", &ard::adaln_cuda);
     m.attr("cuda_architectures") = ARD_CUDA_ARCHITECTURES;
+    m.def("why_no_driver", &ard::cuda::why_not);
 #else
     m.attr("no_cuda") = ARD_NO_CUDA;
 #endif

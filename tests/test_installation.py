@@ -180,39 +180,85 @@ def test_with_a_compiler_and_without_nvcc(quick: Path, tmp_path: Path) -> None:
     assert "nvcc is not there" in report
 
 
-# That an nvcc which is not there costs the CUDA kernels alone is tested everywhere (_CUDA_CASES). This one
-# refuses one thing at a time and does the rest: CMake compiles with it, which no stand-in can (tried).
-@pytest.mark.skipif(_NVCC is None, reason="fails in stages: up to each CMake compiles with a real nvcc")
-def test_an_nvcc_that_fails_costs_the_cuda_kernels_alone_until_it_is_mended(
-    quick: Path, tmp_path: Path
-) -> None:
-    """At CMake's look at the compiler, at our source, then not. Of the architectures it knows one."""
-    python, home = _python(tmp_path / "venv"), tmp_path / "cuda"
-    _write_tool(tmp_path / "tools" / "nvidia-smi", "exit 1")  # the default architectures, also on a GPU
-    # CUDA_HOME comes before PATH, where the real one may be.
-    environment = {"CUDA_HOME": str(home), "CUDACXX": "",
-                   "PATH": f"{tmp_path / 'tools'}{os.pathsep}{os.environ['PATH']}"}  # fmt: skip
-    (home / "bin").mkdir(parents=True)
-    nvcc = home / "bin" / "nvcc"
-    for refused, said, reported in (
-        ("arch=", "nvcc fatal   : 1 'x\"; #%", f"nvcc ({nvcc}) failed: nvcc fatal : 1 'x'' '%"),
-        ("adaln", "ptxas error   : 2", f"nvcc ({nvcc}) failed: ptxas error : 2"),
-        ("nothing", "", f"{_CUDA} 90)"),
-    ):
-        _write_tool(
-            nvcc,
-            f"""case "$*" in
+def _refusing(nvcc: Path, what: str, said: str, otherwise: str) -> None:
+    """An nvcc that knows one of our architectures, and fails where its arguments say `what`."""
+    _write_tool(
+        nvcc,
+        f"""case "$*" in
 *list-gpu-arch*) echo compute_75; echo compute_90 ;;
-*{refused}*) echo {shlex.quote(said)} >&2; exit 1 ;;
-*) exec {_NVCC} "$@" ;;
+*{what}*) printf '%b\\n' {shlex.quote(said)} >&2; exit 1 ;;
+*) {otherwise} ;;
 esac""",
-        )
+    )
+
+
+def _cuda_home(folder: Path) -> tuple[Path, dict[str, str]]:
+    """Where an nvcc is to be, and what makes it the one: CUDA_HOME comes before PATH, where the real one may
+    be."""
+    _write_tool(folder / "tools" / "nvidia-smi", "exit 1")  # the default architectures, also on a GPU
+    (folder / "cuda" / "bin").mkdir(parents=True)
+    path = f"{folder / 'tools'}{os.pathsep}{os.environ['PATH']}"
+    home = {"CUDA_HOME": str(folder / "cuda"), "CUDACXX": "", "PATH": path}
+    return folder / "cuda" / "bin" / "nvcc", home
+
+
+def test_why_an_nvcc_fails_is_said_in_its_words(quick: Path, tmp_path: Path) -> None:
+    python = _python(tmp_path / "venv")
+    nvcc, environment = _cuda_home(tmp_path)
+    long = "/usr/include/crt/host_config.h:138:2: error: #error -- unsupported GNU version! gcc later than 13"
+    for said, reported in (
+        ("nvcc fatal   : 1 'x\"; #%%", "nvcc fatal : 1 'x'' '%%"),
+        ("sh: 1: cicc: not found", "sh: 1: cicc: not found"),
+        (long, long.replace("#", "'")),
+        ("\\344: Fehler", "': Fehler"),  # bytes that are no UTF-8
+    ):
+        _refusing(nvcc, "arch=", said, "exit 2")
         done = _install(python, "-v", "-e", quick, environment=environment)
         assert done.returncode == 0, done.stderr
         assert f"nvcc ({nvcc}) does not know sm_80, sm_100" in done.stderr + done.stdout
         report = _report(python)
         assert "available" in report
+        assert f"nvcc ({nvcc}) failed: " in report
         assert reported in report
+
+
+@pytest.mark.skipif(_NVCC is None, reason="compiles with nvcc")
+def test_an_nvcc_that_fails_costs_the_cuda_kernels_alone_until_it_is_mended(
+    quick: Path, tmp_path: Path
+) -> None:
+    python = _python(tmp_path / "venv")
+    nvcc, environment = _cuda_home(tmp_path)
+    for refused, reported in (
+        ("adaln", f"nvcc ({nvcc}) failed: ptxas error : 2"),
+        ("nothing", f"{_CUDA} 90)"),
+    ):
+        _refusing(nvcc, refused, "ptxas error   : 2", f'exec {_NVCC} "$@"')
+        done = _install(python, "-e", quick, environment=environment)
+        assert done.returncode == 0, done.stderr
+        report = _report(python)
+        assert "available" in report
+        assert reported in report
+
+
+def test_an_assembler_that_is_older_than_the_compiler_costs_its_instructions_alone(
+    checkout: Path, tmp_path: Path
+) -> None:
+    """One that knows no tiles; nothing but their kernels and the portable ones are built here."""
+    _edit(checkout / "CMakeLists.txt", "portable;avx2;avx512;avx512_bf16;amx", "portable;amx")
+    real = _run("gcc", "-print-prog-name=as").stdout.strip()
+    _write_tool(
+        tmp_path / "tools" / "as",
+        f"""for file; do :; done
+if grep -q tilerelease "$file"; then echo "$file: Error: no such instruction" >&2; exit 1; fi
+exec {real} "$@\"""",
+    )
+    environment = {"CC": "gcc", "CXX": f"g++ -B{tmp_path / 'tools'}", "ARD_KERNELS_CUDA": "off"}
+    python = _python(tmp_path / "venv")
+    done = _install(python, checkout, environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert "available" in _report(python)
+    named = _beside_ours(python, "from ard_kernels import _C; print(_C.instruction_sets())")
+    assert named.stdout == "['portable']\n"
 
 
 @pytest.mark.parametrize(

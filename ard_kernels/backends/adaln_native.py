@@ -27,7 +27,7 @@ def supports(*tensors: Tensor) -> str | None:
     reason: str | None = native.CUDA_REASON or _device_reason()
     if reason is not None:
         return reason
-    out = autocast_dtype(x.device) or x.dtype
+    out = autocast_dtype(x.device, x.dtype) or x.dtype
     if (x.dtype, out) not in ((torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)):
         return f"x is {x.dtype} and y would be {out}, accepted are float32 and bfloat16, x not the narrower"
     for tensor in rest:
@@ -87,7 +87,11 @@ def _device_reason() -> str | None:
     """Why the compiled kernels do not run on the device at hand, or None."""
     assert native.C is not None
     made: str = native.C.cuda_architectures
-    if not torch.cuda.is_available() or runs_as(made, torch.cuda.get_device_capability()):
+    if not torch.cuda.is_available():
+        return None
+    if why := native.C.why_no_driver():
+        return str(why)
+    if runs_as(made, torch.cuda.get_device_capability()):
         return None
     return f"compiled for compute capabilities {made}, the device's is {torch.cuda.get_device_capability()}"
 

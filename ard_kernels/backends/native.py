@@ -19,13 +19,11 @@ _REASON = Path(__file__).parent.parent / "_C.absent"
 def _load() -> tuple[ModuleType | None, str]:
     try:
         module = importlib.import_module("ard_kernels._C")
+    except ModuleNotFoundError as error:
+        without = f"the package was installed without ({error})"
+        return None, f"no compiled kernels: {_REASON.read_text().strip() if _REASON.exists() else without}"
     except ImportError as error:
-        why = (
-            _REASON.read_text().strip()
-            if _REASON.exists()
-            else f"the package was installed without ({error})"
-        )
-        return None, f"no compiled kernels: {why}"
+        return None, f"the compiled kernels cannot be loaded: {error}"
     name = os.environ.get(_ENVIRONMENT)
     if name:
         if name not in module.instruction_sets():

@@ -32,7 +32,7 @@ struct Region {
     std::int64_t units;
     std::atomic<std::int64_t> next{0};
     std::atomic<bool> failed{false};
-    std::exception_ptr error;  // the first one, for the caller: OpenMP cannot be unwound
+    std::exception_ptr error{};  // the first one, for the caller: OpenMP cannot be unwound
 
     void work() noexcept {
         try {

@@ -91,5 +91,7 @@ const char* adaln(const Adaln& a, float* partial, bool backwards, bool clusters,
                 : run<float, float>(a, arguments, backwards, clusters, on);
 }
 
+std::string why_not() { return driver_reason(); }
+
 }  // namespace cuda
 }  // namespace ard

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <string>
 
 #include "../cpu/kernels.h"
 
@@ -44,6 +45,15 @@ ARD_DEVICE const float* shared_of(int) { return shared(); }
 #endif
 
 using Stream = cudaStream_t;
+
+// Why the driver cannot run code that was compiled with this CUDA, or empty.
+inline std::string driver_reason() {
+    int driver = 0, made = 0;
+    const bool known = cudaDriverGetVersion(&driver) == cudaSuccess && cudaRuntimeGetVersion(&made) == cudaSuccess;
+    const auto named = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
+    if (known && driver / 1000 >= made / 1000) return "";
+    return "compiled with CUDA " + named(made) + ", the driver's is " + named(driver);
+}
 
 // The kernel's launch; null, or what went wrong.
 template <class Arguments>

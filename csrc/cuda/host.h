@@ -4,11 +4,13 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace ard {
@@ -28,6 +30,7 @@ struct Block {
     Barrier barrier;
     std::map<std::pair<int, unsigned>, Barrier> warps;  // by warp and mask of its lanes
     std::vector<float> lanes;                           // what each thread shows the others
+    int ended = 0;
 };
 
 struct Fiber {
@@ -46,7 +49,7 @@ struct Cluster {
     Fiber* running = nullptr;
     std::function<void()> body;
     int threads = 0;
-    bool moved = false;  // whether anything happened since all were asked
+    bool moved = false;  // whether anything happened since a warp's threads were asked
 };
 
 inline Cluster*& cluster() {
@@ -75,6 +78,14 @@ inline void enter() {
     swapcontext(&fiber().context, &cluster()->scheduler);
 }
 
+// Lets a thread go on until it waits or ends. With its last thread a block's memory is gone.
+inline void resume(Cluster& all, Fiber& fiber) {
+    all.running = &fiber;
+    swapcontext(&all.scheduler, &fiber.context);
+    std::vector<float>& memory = fiber.block->memory;
+    if (fiber.done && ++fiber.block->ended == all.threads) std::fill(memory.begin(), memory.end(), __builtin_nanf(""));
+}
+
 inline void run(Cluster& all) {
     cluster() = &all;
     for (auto& fiber : all.fibers) {
@@ -83,20 +94,28 @@ inline void run(Cluster& all) {
         fiber->context.uc_stack.ss_size = fiber->stack.size();
         makecontext(&fiber->context, enter, 0);
     }
+    // A warp goes as far as it can before the next one does: what it overwrites too early, others miss.
     for (bool busy = true; busy;) {
-        busy = all.moved = false;
-        for (auto& fiber : all.fibers)
-            if (!fiber->done) {
-                busy = true;
-                all.running = fiber.get();
-                swapcontext(&all.scheduler, &fiber->context);
-            }
-        if (busy && !all.moved) throw std::runtime_error("threads wait for others that do not come");
+        bool moved = busy = false;
+        for (std::size_t first = 0; first < all.fibers.size(); first += 32) {
+            do {
+                all.moved = false;
+                for (std::size_t i = first; i < all.fibers.size() && i < first + 32; i++) {
+                    if (all.fibers[i]->done) continue;
+                    busy = true;
+                    resume(all, *all.fibers[i]);
+                }
+                moved = moved || all.moved;
+            } while (all.moved);
+        }
+        if (busy && !moved) throw std::runtime_error("threads wait for others that do not come");
     }
     cluster() = nullptr;
 }
 
 }  // namespace host
+
+inline std::string driver_reason() { return ""; }
 
 inline int thread_index() { return host::fiber().thread; }
 inline int threads() { return host::cluster()->threads; }
