@@ -38,7 +38,7 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, layout: BlockLayout, eps: flo
         NotImplementedError: forward-mode differentiation (jvp).
     """
     _check("adaln", layout, {"x": x}, shift=shift, scale=scale)
-    check_number("adaln", "eps", eps, least=0)
+    eps = check_number("adaln", "eps", eps, least=0)
     backend = choose("adaln", _BACKENDS, x, shift, scale)
     y, _, _ = _adaln(x, shift, scale, layout.runs, eps, _branch_dtype(x), backend)
     return cast(Tensor, y)
@@ -79,7 +79,7 @@ def gated_residual_adaln(
     it is stored, after rounding. The definition is `ard_kernels.reference.gated_residual_adaln`.
     """
     _check("gated_residual_adaln", layout, {"x": x, "branch": branch}, gate=gate, shift=shift, scale=scale)
-    check_number("gated_residual_adaln", "eps", eps, least=0)
+    eps = check_number("gated_residual_adaln", "eps", eps, least=0)
     backend = choose("gated_residual_adaln", _BACKENDS, x, branch, gate, shift, scale)
     x, y, _, _ = _gated_residual_adaln(
         x, branch, gate, shift, scale, layout.runs, eps, _branch_dtype(x), backend
@@ -88,7 +88,7 @@ def gated_residual_adaln(
 
 
 def _branch_dtype(x: Tensor) -> torch.dtype:
-    return autocast_dtype(x.device) or x.dtype
+    return autocast_dtype(x.device, x.dtype) or x.dtype
 
 
 def _check(name: str, layout: BlockLayout, streams: dict[str, Tensor], **tables: Tensor) -> None:
@@ -99,6 +99,8 @@ def _check(name: str, layout: BlockLayout, streams: dict[str, Tensor], **tables:
     for label, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name}: {label} is {type(tensor).__name__}, accepted is a Tensor")
+        if tensor.is_nested:
+            raise ValueError(f"{name}: {label} is a nested tensor, accepted is one length for all samples")
     x = streams["x"]
     if x.dim() != 3 or x.shape[1] != layout.total:
         raise ValueError(f"{name}: x has shape {tuple(x.shape)}, accepted is (B, {layout.total}, D) "
@@ -109,8 +111,10 @@ def _check(name: str, layout: BlockLayout, streams: dict[str, Tensor], **tables:
     wanted = (x.shape[0], layout.blocks, x.shape[2])
     for label, table in tables.items():
         if table.shape != wanted:
+            others = "; for a row per token or sample give BlockLayout.uniform(T, 1) or BlockLayout((T,))"
+            hint = others if table.dim() == 3 and table.shape[1] in (1, layout.total) else ""
             raise ValueError(
-                f"{name}: {label} has shape {tuple(table.shape)}, accepted is {wanted}, a row per block"
+                f"{name}: {label} has shape {tuple(table.shape)}, accepted is {wanted}, a row per block{hint}"
             )
     for label, tensor in given.items():
         if tensor.dtype not in _FLOATS:

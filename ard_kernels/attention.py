@@ -8,6 +8,7 @@ whole sequence).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -33,7 +34,8 @@ def block_attention(
         scale: factor on q k^T, finite; None is Dh ** -0.5.
 
     Returns:
-        (B, T, H, Dh) in the dtype of q; under autocast inputs are cast to the autocast dtype.
+        (B, T, H, Dh) in the dtype of q; under autocast inputs are cast to the autocast dtype (q in float64:
+        none is).
         Differentiable in q, k and v, once and in reverse mode. The definition is
         `ard_kernels.reference.block_attention`; masks M1-M4 of ARD (arXiv 2504.11295).
 
@@ -70,18 +72,15 @@ def cached_block_attention(
         NotImplementedError: forward-mode differentiation (jvp).
     """
     _check("cached_block_attention", layout, mask, block, q=q, k_cache=k_cache, v_cache=v_cache)
-    return _call(q, k_cache, v_cache, layout, mask, scale, block)
+    return _call(q, k_cache, v_cache, layout, mask, scale, int(block))
 
 
 def _call(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, mask: Mask, scale: float | None, block: int
 ) -> Tensor:
     name = "block_attention" if block < 0 else "cached_block_attention"
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    else:
-        check_number(name, "scale", scale)
-    dtype = autocast_dtype(q.device)
+    scale = q.shape[-1] ** -0.5 if scale is None else check_number(name, "scale", scale)
+    dtype = autocast_dtype(q.device, q.dtype)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     backend = choose(name, _BACKENDS, q, k, v)
@@ -93,7 +92,7 @@ def _check(name: str, layout: BlockLayout, mask: str, block: int | None, **tenso
     if not isinstance(layout, BlockLayout):
         raise ValueError(f"{name}: layout is {type(layout).__name__}, accepted is BlockLayout")
     check_mask(mask, name)
-    if block is not None and not (isinstance(block, int) and 0 <= block < layout.blocks):
+    if block is not None and not (isinstance(block, Integral) and 0 <= block < layout.blocks):
         raise ValueError(f"{name}: block is {block!r}, layout has blocks 0..{layout.blocks - 1} (an int)")
     for label, x in tensors.items():
         if not isinstance(x, Tensor):
@@ -102,6 +101,8 @@ def _check(name: str, layout: BlockLayout, mask: str, block: int | None, **tenso
     q = tensors["q"]
     for label, x in tensors.items():
         tokens = queries if label == "q" else layout.total
+        if x.is_nested:
+            raise ValueError(f"{name}: {label} is a nested tensor, accepted is one length for all samples")
         if x.dim() != 4 or x.shape[2] < 1 or x.shape[3] < 1:
             raise ValueError(
                 f"{name}: {label} has shape {tuple(x.shape)}, accepted is (B, T, H, Dh), H and Dh >= 1"
@@ -118,7 +119,7 @@ def _check(name: str, layout: BlockLayout, mask: str, block: int | None, **tenso
                              "B, H and Dh must be the same")  # fmt: skip
         if x.dtype not in _FLOATS:
             raise ValueError(f"{name}: {label} is {x.dtype}, accepted are {', '.join(map(str, _FLOATS))}")
-        if x.device != q.device or (x.dtype != q.dtype and autocast_dtype(q.device) is None):
+        if x.device != q.device or (x.dtype != q.dtype and autocast_dtype(q.device, q.dtype) is None):
             raise ValueError(f"{name}: {label} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; "
                              "accepted is one dtype (but under autocast) and one device")  # fmt: skip
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, chain, groupby, repeat
+from numbers import Integral
 from typing import Literal, get_args
 
 import torch
@@ -15,13 +16,19 @@ MASKS: tuple[Mask, ...] = get_args(Mask)
 
 
 def check_mask(mask: str, where: str) -> None:
-    if mask not in MASKS:
-        raise ValueError(f"{where}: mask is {mask!r}, accepted are {', '.join(map(repr, MASKS))}")
+    if not isinstance(mask, str) or mask not in MASKS:
+        given = "a Tensor" if isinstance(mask, torch.Tensor) else repr(mask)
+        raise ValueError(f"{where}: mask is {given}, accepted are {', '.join(map(repr, MASKS))}")
 
 
 def described(layout: BlockLayout) -> str:
     """For messages, short where a layout has a block per token."""
     return f"{layout.blocks} blocks of {layout.lengths[0] if layout.is_uniform else layout.lengths}"
+
+
+def _is_count(n: object) -> bool:
+    """An integer >= 1, NumPy's included; True is none."""
+    return (type(n) is int or (isinstance(n, Integral) and not isinstance(n, bool))) and int(n) >= 1
 
 
 @dataclass(frozen=True)
@@ -43,9 +50,10 @@ class BlockLayout:
     def __init__(self, lengths: Iterable[int]) -> None:
         if not isinstance(lengths, Iterable):
             raise ValueError(f"BlockLayout: lengths is {lengths!r}, accepted are integers >= 1, one a block")
-        object.__setattr__(self, "lengths", tuple(lengths))
-        if not self.lengths or any(type(n) is not int or n < 1 for n in self.lengths):
-            raise ValueError(f"BlockLayout: lengths is {self.lengths!r}, accepted is one or more int >= 1")
+        lengths = tuple(lengths)
+        if not lengths or not all(_is_count(n) for n in lengths):
+            raise ValueError(f"BlockLayout: lengths is {lengths!r}, accepted is one or more int >= 1")
+        object.__setattr__(self, "lengths", tuple(int(n) for n in lengths))
         # At once: torch.compile cannot trace the lock in functools.cached_property (Python < 3.12).
         object.__setattr__(self, "bounds", (0, *accumulate(self.lengths)))
         runs = ((len([*run]), n) for n, run in groupby(self.lengths))
@@ -59,7 +67,7 @@ class BlockLayout:
     @classmethod
     def uniform(cls, blocks: int, length: int) -> BlockLayout:
         """`blocks` blocks of `length` tokens each."""
-        if type(blocks) is not int or blocks < 1:
+        if not _is_count(blocks):
             raise ValueError(f"BlockLayout.uniform: blocks is {blocks!r}, accepted is an integer >= 1")
         return cls((length,) * blocks)
 

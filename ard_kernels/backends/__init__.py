@@ -18,11 +18,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Real
 from types import ModuleType
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
@@ -146,9 +148,16 @@ def forced() -> str | None:
     return _forced[-1] if _forced else _DEFAULT
 
 
-def check_tangents(where: str, *tensors: Tensor) -> None:
-    """An error under forward-mode differentiation, which takes operators with a backward alone for
-    constants."""
+def check_transforms(where: str, *tensors: Tensor) -> None:
+    """An error under what an operator with a backward alone cannot do: forward-mode differentiation, which
+    takes it for a constant, and torch.func's. torch.compile traces neither of the two."""
+    if not torch.compiler.is_compiling() and any(
+        level.key() == TransformType.Grad for level in get_interpreter_stack() or ()
+    ):
+        raise NotImplementedError(
+            f"{where}: is differentiated by torch.func (grad, vjp, jacrev), accepted is torch.autograd; "
+            f"ard_kernels.reference.{where} has both"
+        )
     if forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
@@ -169,21 +178,27 @@ def differentiable_once(backward: CustomOpDef, where: str) -> None:
     backward.register_autograd(refuse)
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to there; None where it is off. It does not know the meta device."""
-    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+def autocast_dtype(device: torch.device, dtype: torch.dtype | None = None) -> torch.dtype | None:
+    """What autocast casts to there; None where it is off, and for float64, which it leaves alone. It does not
+    know the meta device."""
+    on = device.type != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if on else None
 
 
-def check_number(where: str, name: str, value: object, least: float = -math.inf) -> None:
-    """An error for what is no finite number >= least, a tensor above all: it would get no gradient."""
+def check_number(where: str, name: str, value: object, least: float = -math.inf) -> float:
+    """The number; an error for what is no finite one >= least, a tensor above all: it would get no
+    gradient."""
     if not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
-        raise ValueError(
-            f"{where}: {name} is {type(value).__name__}, accepted is an int or a float (it gets no gradient)"
-        )
+        if not isinstance(value, Real):  # NumPy's are
+            raise ValueError(
+                f"{where}: {name} is {type(value).__name__}, accepted is an int or a float (it gets no "
+                "gradient)"
+            )
+        value = float(value)
     if not (-math.inf < value < math.inf and value >= least):  # torch.compile cannot trace math.isfinite
         bound = "" if least == -math.inf else f" >= {least}"
         raise ValueError(f"{where}: {name} is {value}, accepted is a finite number{bound}")
+    return value  # type: ignore[return-value]
 
 
 def choose(where: str, modules: dict[str, ModuleType], *tensors: Tensor) -> str:
@@ -192,7 +207,7 @@ def choose(where: str, modules: dict[str, ModuleType], *tensors: Tensor) -> str:
     A demanded one that cannot take them is a ValueError; one passed over on a GPU, or absent, is reported
     once, by name.
     """
-    check_tangents(where, *tensors)
+    check_transforms(where, *tensors)
     demanded = forced()
     if demanded is not None:
         reason = modules[demanded].supports(*tensors)

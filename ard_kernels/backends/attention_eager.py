@@ -35,12 +35,14 @@ def attention_keeps_lse(q: Tensor, runs: Sequence[int], mask: Mask, block: int) 
     """True: the fused CPU kernel is used, whose backward wants the log-sum-exp. False: plain matmuls."""
     if q.device.type != "cpu":
         return False
-    if q.dtype in (torch.float32, torch.float64):
+    # Batches of products in float16 are slow: a step of sampling (256 queries, 1024 keys, 2 samples, 6 heads
+    # of 64, one thread) took 189 ms by matmuls, 27 fused; forward + backward of 4 x 128 tokens 469 and 216.
+    if q.dtype in (torch.float16, torch.float32, torch.float64):
         return True
-    # A step of sampling is a forward alone, where matmuls won in half precision: 2.9 against 5.3 ms at 256
-    # keys, 11 against 21 at 1024, 101 against 112 at 4096 (4 samples, 256 queries, 6 heads of 64, one thread
-    # of a busy machine). With one sample the two are closer: 1.0 against 1.6 at 256, 2.9 against 2.7 at 512,
-    # 18 against 22 at 4096.
+    # A step of sampling is a forward alone, where matmuls won in bfloat16: 2.9 against 5.3 ms at 256 keys, 11
+    # against 21 at 1024, 101 against 112 at 4096 (4 samples, 256 queries, 6 heads of 64, one thread of a busy
+    # machine). With one sample the two are closer: 1.0 against 1.6 at 256, 2.9 against 2.7 at 512, 18 against
+    # 22 at 4096.
     layout = BlockLayout.of_runs(runs)
     most = max(sum(b - a for a, b in layout.key_ranges(s, mask)) for s in range(layout.blocks))
     return block < 0 and most > _MATMUL_KEYS

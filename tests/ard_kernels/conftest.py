@@ -118,6 +118,19 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
+@pytest.fixture(autouse=True)
+def _nothing_in_force(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For a test that asks for no variant: the last one of its module stays until the module ends."""
+    if {"backend", "compiled", "fused", "triton"} & set(request.fixturenames):
+        yield
+        return
+    monkeypatch.setattr(sys.modules[use_backend.__module__], "_forced", [])
+    device = torch.get_default_device()
+    torch.set_default_device(None)
+    yield
+    torch.set_default_device(None if device.type == "cpu" else device)
+
+
 # Where they were not built, the tests of "native" fail and say so. AMX has run in its emulation alone so far.
 _INSTRUCTION_SETS = [
     pytest.param(f"native with {name}", marks=pytest.mark.slow if name == "amx" else ())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 from variants import interpreted, normal, products, takes
 
-from ard_kernels import BlockLayout, block_attention, cached_block_attention, reference
+from ard_kernels import BlockLayout, block_attention, cached_block_attention, reference, use_backend
 from ard_kernels.layout import MASKS
 
 RAGGED = BlockLayout((3, 1, 6, 4))
@@ -327,6 +328,24 @@ def test_autocast_takes_inputs_of_several_dtypes() -> None:
     assert torch.equal(one, got[0][:, RAGGED.slice(2)])
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    """As it does PyTorch's operators: a check in float64 stays one."""
+    q, k, v = _qkv(RAGGED, 1, 1, 16, torch.float64).unbind(2)
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16), use_backend("eager"):
+        assert block_attention(q, k, v, RAGGED).dtype == torch.float64
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    layout = BlockLayout(np.arange(1, 4) ** 2)
+    assert layout == BlockLayout((1, 4, 9))
+    assert all(type(n) is int for n in layout.lengths)
+    assert BlockLayout.uniform(np.int64(2), np.int32(3)) == BlockLayout((3, 3))  # type: ignore[arg-type]
+    q, k, v = _qkv(layout, 1, 1, 16, torch.float32).unbind(2)
+    rows = q[:, layout.slice(2)]
+    got = cached_block_attention(rows, k, v, layout, np.int64(2), scale=np.float32(0.5))  # type: ignore[arg-type]
+    assert torch.equal(got, cached_block_attention(rows, k, v, layout, 2, scale=0.5))
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_flops(dtype: torch.dtype, mask: str) -> None:
@@ -368,6 +387,8 @@ _GOOD = dict(zip("qkv", _qkv(RAGGED, 2, 2, 16, torch.float32).unbind(2), strict=
         ({"q": _GOOD["q"].int()}, r"q is torch.int32, accepted are torch.float64"),
         ({"k": _GOOD["k"].half()}, r"k is torch.float16 on cpu, q is torch.float32 on cpu; accepted is one"),
         ({"scale": torch.ones(())}, r"scale is Tensor, accepted is an int or a float"),
+        ({"mask": torch.ones(2)}, r"mask is a Tensor, accepted are 'causal'"),
+        ({"k": torch.nested.nested_tensor([torch.ones(14, 1, 16)])}, r"k is a nested tensor, accepted is"),
         ({"scale": torch.nan}, r"scale is nan, accepted is a finite number$"),
         ({"scale": -torch.inf}, r"scale is -inf, accepted is a finite number$"),
         ({"v": _GOOD["v"].to("meta")}, r"v is torch.float32 on meta, q is torch.float32 on cpu"),

@@ -150,6 +150,24 @@ def test_forward_mode_differentiation_is_refused_and_not_zero(operator: str, bac
         assert tangent == x.sum() * ours(x).sum()
 
 
+@pytest.mark.parametrize(
+    ("operator", "backend"),
+    [(o, b) for o in _ONE_ARGUMENT for b in ("eager", "native") if (o, b) != ("gelu", "eager")],
+)
+def test_differentiation_by_torch_func_is_refused_by_name(operator: str, backend: str) -> None:
+    ours = _ONE_ARGUMENT[operator](ard_kernels)
+    with use_backend(backend):
+        for transformed in (
+            torch.func.grad(lambda x: ours(x).sum()),
+            torch.func.grad(lambda x: torch.vmap(ours)(x.unsqueeze(0)).sum()),
+            torch.func.jacrev(ours),
+        ):
+            with pytest.raises(
+                NotImplementedError, match=rf"^{operator}: is differentiated by torch\.func .*ref"
+            ):
+                transformed(_X)
+
+
 class _Stop(torch.autograd.Function):
     """The identity, whose backward returns no gradient at all instead of zeros."""
 
@@ -259,6 +277,25 @@ def test_too_little_memory_in_a_thread_is_an_error_of_the_caller() -> None:
         ARD_KERNELS_BACKEND="native",
     )
     assert done.stdout == "out of memory\n", (done.returncode, done.stderr)
+
+
+def test_work_is_done_by_as_many_threads_as_pytorch_is_told() -> None:
+    """A team is kept until a call wants another one; what it no longer needs ends in its own time."""
+    done = _python(
+        "import os, time, torch\n"
+        "from ard_kernels import gelu\n"
+        "for wanted, more in ((1, 0), (3, 2), (2, -1)):\n"
+        "    torch.set_num_threads(wanted)\n"
+        "    before, end = len(os.listdir('/proc/self/task')), time.monotonic() + 5\n"
+        "    gelu(torch.ones(1 << 17))\n"
+        "    while (found := len(os.listdir('/proc/self/task')) - before) != more:\n"
+        "        if time.monotonic() > end: break\n"
+        "        time.sleep(0.01)\n"
+        "    print(found)",
+        ARD_KERNELS_BACKEND="native",
+        OMP_NUM_THREADS="1",
+    )
+    assert done.stdout.split() == ["0", "2", "-1"], done.stderr
 
 
 def test_a_call_with_little_work_leaves_the_threads_alone() -> None:
