@@ -63,7 +63,8 @@ class SolverConfig(PrecisionConfig):
 
 @dataclass(frozen=True)
 class RecordConfig(SolverConfig):
-    """Record a teacher's trajectories. A store that is there is continued; processes may share the work."""
+    """Record a teacher's trajectories. A store with the same options is continued; processes may share the
+    work."""
 
     teacher: Path
     """Folder of the teacher."""

@@ -1,6 +1,6 @@
 """How far the Frechet distance of `ard demo` depends on whose features it is taken in.
 
-    ard demo --out runs/effect --iterations 8000 --samples 20000 --batch-size 32
+    ard demo --out runs/effect --iterations 20000 --samples 40000 --batch-size 24
     python -m benchmarks.effect_features runs/effect
 
 Both students of a demo, the teacher from the same noise, and test images are compared with training images in

@@ -140,7 +140,7 @@ def _released(dit: DiT) -> nn.Module:
 
 
 def _plain_student(released: nn.Module, states: Tensor, labels: Tensor, layers: int) -> Tensor:
-    """The released student's function as the paper and research/ard.md describe it, with a dense mask: every
+    """The released student's function as the paper describes it, with a dense mask: every
     token has the modulation of its own time, the lowest `layers` layers see all earlier states."""
     dit: Any = released
     steps, tokens, p = 4, dit.tokens, dit.patch_size

@@ -451,6 +451,7 @@ _GOOD = dict(
             for label in ("gate", "shift", "scale")
             for case in (
                 ({label: _GOOD[label][:, :3]}, rf"{label} has shape \(2, 3, 16\), accepted is \(2, 4, 16\)"),
+                ({label: _GOOD[label][:, :1]}, r".*a row per block; for a row per token or sample"),
                 ({label: _GOOD[label][:1]}, rf"{label} has shape \(1, 4, 16\), accepted is \(2, 4, 16\)"),
                 ({label: _GOOD[label][:, 0]}, rf"{label} has shape \(2, 16\), accepted is \(2, 4, 16\)"),
                 ({label: _GOOD[label].bool()}, rf"{label} is torch.bool, accepted are"),

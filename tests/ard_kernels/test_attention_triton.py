@@ -11,10 +11,22 @@ from variants import gradients, packed_qkv
 import ard_kernels
 from ard_kernels import BlockLayout, block_attention, cached_block_attention, reference
 from ard_kernels.backends import attention_triton
-from ard_kernels.layout import MASKS
+from ard_kernels.layout import MASKS, Mask
 from ard_kernels.tune import in_any_order
 
 pytestmark = pytest.mark.usefixtures("triton")
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("layout", [BlockLayout((3, 1, 6, 4)), BlockLayout((7,))], ids=str)
+def test_the_queries_that_see_a_block_are_one_range(layout: BlockLayout, mask: Mask) -> None:
+    visible = layout.mask(mask)
+    for block in range(layout.blocks):
+        low, high = attention_triton._seen_by(layout, mask, block)
+        seen_by = torch.zeros(layout.total, dtype=torch.bool)
+        seen_by[low:high] = True
+        for key in range(layout.bounds[block], layout.bounds[block + 1]):
+            assert torch.equal(visible[:, key], seen_by)
 
 
 @pytest.mark.parametrize("mask", MASKS)

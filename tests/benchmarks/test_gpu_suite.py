@@ -626,6 +626,35 @@ def test_the_profiler_command_is_printed(capsys: pytest.CaptureFixture[str]) -> 
     assert line.endswith("-m benchmarks.gpu_suite --once profile\n")
 
 
+@pytest.mark.parametrize(
+    ("what", "modules"),
+    [
+        ("check", ["pip", "pytest", "benchmarks.gpu_suite"]),
+        ("measure", ["pip", "ard_kernels", "benchmarks.gpu_suite"]),
+        ("more", ["pip", "benchmarks.gpu_suite"]),
+    ],
+)
+def test_a_lent_gpu_is_used_by_commands_that_exist(tmp_path: Path, what: str, modules: list[str]) -> None:
+    python = tmp_path / "python"
+    script = f'echo "$@" >> {tmp_path}/calls; echo $ARD_KERNELS_LAUNCHES >> {tmp_path}/table'
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    command = [ROOT / "benchmarks" / "on_gpu.sh", what, out, "abc", "adaln_more", "training_compiled"]
+    subprocess.run(command, env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)}, check=True)
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [words[1] for words in calls] == modules
+    assert {*(tmp_path / "table").read_text().split()} == {str(out / "launches.json")}
+    options = calls[-1][2:]
+    assert options[:4] == ["--out", str(out), "--commit", "abc"]
+    named = options[options.index("--only") + 1 : options.index("--seconds")]
+    assert named
+    assert {*named} <= {*SECTIONS}
+    assert float(options[-1]) <= 520
+    for path in (word.partition("::")[0] for word in calls[1] if word.startswith("tests/")):
+        assert (ROOT / path).exists()
+
+
 @pytest.mark.gpu
 def test_a_quick_run_on_the_gpu_passes(tmp_path: Path) -> None:
     assert gpu_suite.main(["--out", str(tmp_path), "--quick"]) == 0
