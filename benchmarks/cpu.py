@@ -4,12 +4,12 @@
 
 Attention of single sequences, forward and backward, against scaled_dot_product_attention, plain matmuls,
 torch.compile of these and the eager backend; between blocks, and the last step with a KV cache, against SDPA
-with a dense mask, and SDPA (flash) and matmuls per block, on the keys that it sees; gated residual + adaLN,
-and GELU, against the eager backend and torch.compile of the composition. Candidates alternate in one process,
-which keeps the memory that it frees (with --default-allocator as the C library does it). Beside each time:
-useful GFLOP/s or GB/s, and the share of what this machine reaches in a large matrix product of that dtype or
-in a copy. Of attention also the memory that a call takes at most beside its inputs, each in a process of its
-own (on Linux).
+with a dense mask, and per block, on the keys that it sees, SDPA (flash), matmuls and torch.compile of these;
+gated residual + adaLN, and GELU, against the eager backend and torch.compile of the composition. Candidates
+alternate in one process, which keeps the memory that it frees (with --default-allocator as the C library does
+it). Beside each time: useful GFLOP/s or GB/s, and the share of what this machine reaches in a large matrix
+product of that dtype or in a copy. Of attention also the memory that a call takes at most beside its inputs,
+each in a process of its own (on Linux).
 """
 
 from __future__ import annotations
@@ -121,8 +121,11 @@ def _block_attention(
     methods = {key: attention.our_candidate(key, shape, mask).build() for key in ("native", "eager")}
     methods |= {candidate.name: candidate.build() for candidate in others}
     methods["matmul"] = attention.decomposed(_plain, shape, mask)
+    torch.compiler.reset()
+    methods["compile"] = attention.decomposed(torch.compile(_plain, dynamic=False), shape, mask)
     calls = {key: attention.prepared(method, [inputs], phase)(0) for key, method in methods.items()}
-    seconds = medians(calls, repeats)
+    with torch._dynamo.config.patch(recompile_limit=64):  # blocks of many lengths
+        seconds = medians(calls, repeats)
     pairs = shape.batch * _HEADS * layout.area(mask, block)
     work = attention.PHASES[phase] * 4 * shape.dim * pairs / 1e9
     row = _row("attention", name, "both" if block is None else phase, seconds, work, "GFLOP/s", name)

@@ -32,9 +32,10 @@ def test_a_row_of_attention_between_blocks(
     block: int | None, pairs: int, times: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "_TOKENS", 28)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     (row,) = cpu._block_attention("bfloat16", BlockLayout((3, 4)), "causal", 1, block)
     masked = {"sdpa dense mask"} if block is None else set()
-    assert set(row["ms"]) == {"native", "eager", "sdpa flash", "matmul"} | masked
+    assert set(row["ms"]) == {"native", "eager", "sdpa flash", "matmul", "compile"} | masked
     work = times * 4 * 64 * pairs * 4 * 6  # two products of head dim 64 a pair, four samples of six heads
     assert row["rate"] * row["ms"]["native"] * 1e6 == pytest.approx(work)
     assert "| attention bfloat16 causal, B4 S2 L3+4 H6 Dh64" in cpu._line(row, {"bfloat16": 1.0})
