@@ -4,11 +4,12 @@
 #     benchmarks/on_gpu.sh check OUT COMMIT      the GPU's tests, then every operator's results
 #     benchmarks/on_gpu.sh measure OUT COMMIT    tunes the attention kernels, then measures with what it found
 #     benchmarks/on_gpu.sh more OUT COMMIT SECTION ...    other sections of benchmarks.gpu_suite
+#     benchmarks/on_gpu.sh amx OUT COMMIT        where the CPU has AMX: its kernels against those without
 #
 # OUT gets logs, launches.json (which `more` reads where it is there) and what the suite writes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-[[ $# -ge 3 ]] || { sed -n '2,8p' "$0"; exit 2; }
+[[ $# -ge 3 ]] || { sed -n '2,9p' "$0"; exit 2; }
 what=$1 out=$2 commit=$3
 shift 3
 mkdir -p "$out"
@@ -25,7 +26,12 @@ case $what in
             tests/ard_kernels tests/ard/test_sampling.py tests/benchmarks/test_gpu_suite.py > "$out/pytest.log" 2>&1
         tests=$?
         tail -c 4000 "$out/pytest.log"
-        suite --only correctness --seconds 260
+        if grep -q amx_bf16 /proc/cpuinfo; then  # kernels for the CPU, too, which have run in an emulation alone
+            limited 60 "$python" -m pytest -m slow -n 8 --tb=short -k "native and amx" tests/ard_kernels \
+                > "$out/amx.log" 2>&1
+            tail -c 2000 "$out/amx.log"
+        fi
+        suite --only correctness --seconds 220
         checks=$?
         exit $((tests || checks))
         ;;
@@ -37,8 +43,13 @@ case $what in
     more)
         suite --only "$@" --seconds 520
         ;;
+    amx)
+        for isa in avx512_bf16 amx; do
+            ARD_KERNELS_ISA=$isa limited 280 "$python" -m benchmarks.cpu --repeats 5 --out "$out/cpu-$isa.json"
+        done
+        ;;
     *)
-        sed -n '2,8p' "$0"
+        sed -n '2,9p' "$0"
         exit 2
         ;;
 esac
