@@ -132,12 +132,17 @@ def _part(ranges: tuple[tuple[int, int], ...], step: int, part: int, parts: int)
     return (*shares, *([0] * (4 - len(shares))))  # type: ignore[return-value]
 
 
-def _seen_by(layout: BlockLayout, mask: Mask, block: int) -> tuple[int, int]:
-    """The queries that see a block: one range with all four masks."""
-    own, total = layout.bounds[block], layout.total
-    if mask == "causal" or (mask == "anchor" and block == 0):
-        return own, total
-    return own, layout.bounds[min(block + (2 if mask == "window" else 1), layout.blocks)]
+def _seen_by(layout: BlockLayout, mask: Mask, queries: Sequence[int]) -> list[tuple[int, int]]:
+    """For every block the first of the blocks `queries` that see it, and the last + 1 (0 and 0 where none
+    does): with all four masks those between see it, too."""
+    place = {start: j for j, start in enumerate(layout.bounds)}
+    seen = [(s, place[a], place[b]) for s in queries for a, b in layout.key_ranges(s, mask)]
+    firsts, ends = [0] * layout.blocks, [0] * layout.blocks
+    for s, a, b in seen:
+        ends[a:b] = [s + 1] * (b - a)
+    for s, a, b in reversed(seen):
+        firsts[a:b] = [s] * (b - a)
+    return list(zip(firsts, ends, strict=True))
 
 
 @functools.cache
@@ -146,10 +151,10 @@ def _key_tiles(
 ) -> _Tiles:
     """Tiles of `rows` keys, each with the one range of queries that see it (empty for a hidden block)."""
     entries = []
-    for j in range(layout.blocks):
-        low, high = _seen_by(layout, mask, j)
-        if block >= 0:
-            low, high = 0, layout.lengths[block] if low <= layout.bounds[block] < high else 0
+    for j, (first, end) in enumerate(_seen_by(layout, mask, range(layout.blocks) if block < 0 else (block,))):
+        low, high = layout.bounds[first], layout.bounds[end]
+        if block >= 0:  # whose queries count from zero
+            low, high = 0, high and layout.lengths[block]
         for start in range(layout.bounds[j], layout.bounds[j + 1], rows):
             entries.append((start, min(start + rows, layout.bounds[j + 1]), low, high, 0, 0, 0))
     return _make_tiles(entries, rows, step, device)

@@ -20,13 +20,13 @@ pytestmark = pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("layout", [BlockLayout((3, 1, 6, 4)), BlockLayout((7,))], ids=str)
 def test_the_queries_that_see_a_block_are_one_range(layout: BlockLayout, mask: Mask) -> None:
+    """As the tiles of keys suppose."""
     visible = layout.mask(mask)
-    for block in range(layout.blocks):
-        low, high = attention_triton._seen_by(layout, mask, block)
-        seen_by = torch.zeros(layout.total, dtype=torch.bool)
-        seen_by[low:high] = True
-        for key in range(layout.bounds[block], layout.bounds[block + 1]):
-            assert torch.equal(visible[:, key], seen_by)
+    every = range(layout.blocks)
+    for queries in (every, *((s,) for s in every)):
+        for j, (first, end) in enumerate(attention_triton._seen_by(layout, mask, queries)):
+            seen_by = [s for s in queries if visible[layout.bounds[s], layout.bounds[j]]]
+            assert seen_by == list(range(first, end))
 
 
 @pytest.mark.parametrize("mask", MASKS)
