@@ -216,7 +216,8 @@ def _reason(log: str) -> str:
     lines = [line.strip() for line in log.splitlines()]
     for line in lines:
         # "x.cpp:1:2: error: ...", "x.cu(1): error #20-D: ...", "nvcc fatal   : ...", "ptxas error   : ..."
-        if re.search(r"\b(error|fatal)( #\S+)? *:", line, re.IGNORECASE):
+        cmake = line.startswith("CMake Error")
+        if not cmake and re.search(r"\b(error|fatal)( #\S+)? *:", line, re.IGNORECASE):
             return line
     for i, line in enumerate(lines):
         if line.startswith("CMake Error"):
