@@ -31,11 +31,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 # DiT-S/2-like and DiT-XL/2 at 256 px; the GPU gets the batch of a training step.
+_SHORT, _LONG, _LONGEST = (BlockLayout.uniform(4, length) for length in (64, 256, 4096))
 SHAPES = {
-    ("cpu", "small"): (Shape(4, 4, 64, 6, 64),),
-    ("cpu", "default"): (Shape(4, 4, 64, 6, 64), Shape(1, 4, 256, 6, 64), Shape(1, 4, 256, 16, 72)),
-    ("cuda", "small"): (Shape(8, 4, 256, 6, 64),),
-    ("cuda", "default"): (Shape(32, 4, 256, 6, 64), Shape(32, 4, 256, 16, 72), Shape(2, 4, 4096, 16, 72)),
+    ("cpu", "small"): (Shape(4, _SHORT, 6, 64),),
+    ("cpu", "default"): (Shape(4, _SHORT, 6, 64), Shape(1, _LONG, 6, 64), Shape(1, _LONG, 16, 72)),
+    ("cuda", "small"): (Shape(8, _LONG, 6, 64),),
+    ("cuda", "default"): (Shape(32, _LONG, 6, 64), Shape(32, _LONG, 16, 72), Shape(2, _LONGEST, 16, 72)),
 }
 REPEATS = 7
 
@@ -130,14 +131,15 @@ def _reason(error: BaseException) -> str:
 
 def measure(shape: Shape, mask: Mask, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """Milliseconds by candidate for `forward` and `forward_backward`, and why a candidate has none."""
-    layout = BlockLayout.uniform(shape.blocks, shape.length)
+    layout = shape.layout
     generator = torch.Generator().manual_seed(0)
     packed = torch.randn(
         shape.batch, layout.total, 3, shape.heads, shape.dim, generator=generator, dtype=torch.float32
     ).to(device, dtype)
     inputs = packed.unbind(2)
     dout = torch.ones(inputs[0].shape, device=device, dtype=dtype)
-    row: dict[str, Any] = {"shape": asdict(shape), "mask": mask, "reasons": {}}
+    described = {**asdict(shape), "layout": layout.lengths}
+    row: dict[str, Any] = {"shape": described, "label": str(shape), "mask": mask, "reasons": {}}
     for phase in ("forward", "forward_backward"):
         runs: dict[str, Callable[[], object]] = {}
         for name, attend in _candidates(layout, mask, inputs[0]).items():
@@ -186,7 +188,7 @@ def draw_times(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         axis.set_yscale("log")
         axis.set_ylabel("ms")
         axis.set_title(phase.replace("_", " + "))
-    labels = [f"{row['mask']}\n{Shape(**row['shape'])}" for row in rows]
+    labels = [f"{row['mask']}\n{row['label']}" for row in rows]
     axes[1].set_xticks(range(len(rows)), labels, rotation=60, fontsize=7, ha="right")
     axes[0].legend()
     figure.suptitle(title)
@@ -194,7 +196,7 @@ def draw_times(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -203,7 +205,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--out", type=Path, default=RESULTS / f"attn_mask-{device}.json")
     parser.add_argument("--masks", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.masks is not None:
         draw_masks(options.masks)
         return
