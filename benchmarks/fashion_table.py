@@ -278,7 +278,7 @@ def _collect(config: TableConfig) -> dict[str, Any]:
     known, teacher = _known(config), load_teacher(ASSETS / "teacher")[0]
     macs = dit_macs(teacher.config).total
     folders = {"teacher, 250 steps": "held-out-250", "teacher, 25 steps": "held-out"}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, (steps, published) in _TEACHERS.items():
         key = folders[name]
         if _recorded(config.out / key):
@@ -404,9 +404,10 @@ def _make(config: TableConfig) -> None:
         _record(config, "trajectories")
     if runs or "held-out" not in known:
         _record(config, "held-out")
-    stages = [[partial(_train, config, row, seed) for row, seed in runs if row.gan == gan]
-              for gan in (False, True)]  # fmt: skip
-    side_by_side([*stages], config.jobs, "table")
+    stages: list[list[Callable[[], None]]] = [
+        [partial(_train, config, row, seed) for row, seed in runs if row.gan == gan] for gan in (False, True)
+    ]
+    side_by_side(stages, config.jobs, "table")
     if "held-out-250" not in known:
         _record(config, "held-out-250")
 

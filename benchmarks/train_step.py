@@ -36,6 +36,7 @@ class StraightforwardARD(nn.Module):
     and values of the history layers are kept by concatenation.
     """
 
+    times: Tensor
     causal: Tensor
     diagonal: Tensor
 

@@ -266,7 +266,7 @@ def flex_settings(shape: Shape, device: str) -> list[dict[str, Any]]:
     tile = [{"tile": _FLEX_TILE}] if device == "cuda" and shape.dim not in (64, 128) else []
     pad = [{"pad": 128}] if shape.dim == 72 else []
     tma = [{"tile": _FLEX_TMA}] if device == "cuda" else []
-    slow = [{"autotune": True}, {"block": 256, "autotune": True}]
+    slow: list[dict[str, Any]] = [{"autotune": True}, {"block": 256, "autotune": True}]
     return [*tile, *pad, {}, *tma, {"block": 256}, *slow]
 
 

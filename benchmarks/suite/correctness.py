@@ -28,7 +28,7 @@ from torch import Tensor
 import ard_kernels
 from ard_kernels import BlockLayout, reference, use_backend
 from ard_kernels.layout import MASKS, Mask
-from benchmarks.common import ROOT
+from ard_kernels.machine import ROOT
 from benchmarks.suite.record import Recorder, backends, compiled, device_works, tf32_allowed
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]

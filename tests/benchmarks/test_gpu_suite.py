@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ard_kernels import BlockLayout, reference, use_backend
 from ard_kernels.backends import attention_eager
 from ard_kernels.layout import MASKS, Mask
+from ard_kernels.machine import ROOT
 from benchmarks import gpu_suite
-from benchmarks.common import ROOT
 from benchmarks.suite import adaln, attention, correctness, model, record, sections
 from benchmarks.suite.demands import demands
 from benchmarks.suite.record import DeviceLostError, Recorder, Settings, best_of
