@@ -254,18 +254,18 @@ def _compile(name: str, kernel: str, at: Launch, dim: int, length: int, heads: i
     return False
 
 
-Job = tuple[str, str, Launch, int, int, int]
+_Job = tuple[str, str, Launch, int, int, int]
 """What `_compile` is told: name, kernel, launch, head dim, length of a block, heads."""
 
 
 def compile_all(
-    jobs: Sequence[Job], workers: int, run: Callable[..., bool] = _compile
-) -> Iterator[tuple[Job, bool]]:
+    jobs: Sequence[_Job], workers: int, run: Callable[..., bool] = _compile
+) -> Iterator[tuple[_Job, bool]]:
     """Every job, in processes, as it ends; and whether its code must not run: it is a trap, or its compiler
     ended the process, as it would end this one."""
     waiting = iter(jobs)
     context = multiprocessing.get_context("spawn")
-    found: queue.SimpleQueue[tuple[Job, bool]] = queue.SimpleQueue()
+    found: queue.SimpleQueue[tuple[_Job, bool]] = queue.SimpleQueue()
 
     def serve() -> None:
         """With a process of its own: one that ends takes no other job along."""

@@ -59,7 +59,7 @@ def _attention(rows: Rows) -> Iterator[Demand]:
         yield Demand(
             f"{what}, forward + backward, to the best peer",
             1.2 if length == 4096 else 1.5,
-            found and found["ratio"],
+            found["ratio"] if found else None,
             "x",
             note=_untimed(found),
         )
