@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -160,20 +161,31 @@ def test_one_token_blocks_are_exact(backend: str, dtype: torch.dtype, mask: str)
         torch.testing.assert_close(out, v, rtol=2 * torch.finfo(products(dtype)).eps, atol=0)
 
 
+@functools.cache
+def _of_contiguous_tensors(
+    backend: str, dtype: torch.dtype, layout: BlockLayout, mask: str
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Packed q, k and v, a broadcast dout, and the results of their contiguous copies with this backend."""
+    x = _qkv(layout, 2, 2, 24, dtype)
+    dout = normal(1, layout.total, 2, 24, dtype=dtype, seed=1).expand(2, -1, -1, -1)
+    inputs = tuple(part.contiguous() for part in x.unbind(2))
+    return x, dout, _run(block_attention, inputs, dout.contiguous(), layout, mask)
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("layout", [RAGGED, UNIFORM], ids=["ragged", "uniform"])
 @pytest.mark.parametrize("view", _VIEWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides_do_not_matter(
-    dtype: torch.dtype, view: Callable[[Tensor], tuple[Tensor, ...]], layout: BlockLayout, mask: str
+    backend: str,
+    dtype: torch.dtype,
+    view: Callable[[Tensor], tuple[Tensor, ...]],
+    layout: BlockLayout,
+    mask: str,
 ) -> None:
     """Views of packed or transposed memory and a broadcast dout give the bits of contiguous tensors."""
-    x = _qkv(layout, 2, 2, 24, dtype)
-    dout = normal(1, layout.total, 2, 24, dtype=dtype, seed=1).expand(2, -1, -1, -1)
-    expected_out, *expected_grads = _run(
-        block_attention, tuple(part.contiguous() for part in x.unbind(2)), dout.contiguous(), layout, mask
-    )
-    leaf = x.requires_grad_()
+    x, dout, (expected_out, *expected_grads) = _of_contiguous_tensors(backend, dtype, layout, mask)
+    leaf = x.detach().requires_grad_()
     out = block_attention(*view(leaf), layout, mask)
     (grad,) = torch.autograd.grad(out, leaf, dout)
     assert not any(part.is_contiguous() for part in view(leaf))

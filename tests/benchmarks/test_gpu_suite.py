@@ -579,7 +579,7 @@ def test_the_suite_imports_what_it_says(tmp_path: Path, program: str, allowed: t
     blocked = [name for name in _BLOCKED if name not in allowed]
     lines = ["import sys", f"sys.modules.update(dict.fromkeys({blocked}))",
              "from benchmarks import gpu_suite", program]  # fmt: skip
-    options = ["--out", str(tmp_path), "--device", "cpu", "--seconds", "20"]
+    options = ["--out", str(tmp_path), "--device", "cpu", "--seconds", "10"]
     found = subprocess.run([sys.executable, "-c", "\n".join(lines), *options], cwd=ROOT, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)  # fmt: skip
     assert found.returncode == 0, found.stdout
