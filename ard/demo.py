@@ -8,7 +8,7 @@ import io
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,10 @@ from ard.data import CLASSES, check_counts, check_seed
 from ard.diffusion import guided
 from ard.evaluation import FEWEST, EvaluateConfig, evaluate, evaluate_checkpoints
 from ard.pictures import image_grid
-from ard.runs import Run, read_log, versions
+from ard.precision import Precision, settled
+from ard.runs import Run, begun, read_log, versions
 from ard.sampling import sample
+from ard.shards import worker_device
 from ard.training import DistillConfig, Optimisation, distill
 from ard.trajectories import RecordConfig, TrajectoryStore, record
 
@@ -49,11 +51,11 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """Folder of everything the demo makes."""
-    iterations: int = 1200
+    iterations: int = 600
     """Training iterations of each student."""
-    samples: int = 4000
+    samples: int = 2000
     """Trajectories to train on."""
-    held_out: int = 1000
+    held_out: int = 500
     """Further trajectories, to evaluate on."""
     steps: int = 4
     """S, the students' steps."""
@@ -67,6 +69,8 @@ class DemoConfig:
     """Decay of the averaged weights."""
     curve_points: int = 4
     """How often each student is evaluated while it trains, the end included."""
+    precision: Precision = "auto"
+    """In which networks compute, in training and everything else; as for the other commands."""
     teacher: Path = ASSETS / "teacher"
     """Folder of the teacher."""
     seed: int = 0
@@ -100,6 +104,7 @@ def _student_config(config: DemoConfig, name: str, layers: int) -> DistillConfig
         lr_schedule="cosine",
         warmup=min(100, config.iterations // 10),
         ema=config.ema,
+        precision=config.precision,
         log_every=max(1, min(50, config.iterations // 20)),
         checkpoint_every=every,
         keep_checkpoints=config.curve_points,
@@ -139,23 +144,26 @@ def demo(config: DemoConfig) -> None:
                          "teacher's layers; the student without history is made anyway")  # fmt: skip
     if config.held_out < FEWEST:
         raise ValueError(f"demo: held_out is {config.held_out}, accepted is an integer >= {FEWEST}")
-    Run(config.out, "demo", config)
+    before = begun(config.out, "precision")
+    precision, why = settled(config.precision, worker_device(), config.out, before)
+    config = replace(config, precision=precision)
+    Run(config.out, "demo", config, precision=why)
     held_out = config.out / "held-out"
     for folder, count, seed in ((config.out / "trajectories", config.samples, config.seed),
                                 (held_out, config.held_out, config.seed + 1)):  # fmt: skip
         size = -(-count // 4) if count > 400 else count  # a stopped recording loses at most a quarter
-        record(
-            RecordConfig(config.teacher, folder, samples=count, shard_size=size, precision="bf16", seed=seed)
-        )
+        recording = RecordConfig(config.teacher, folder, samples=count, shard_size=size, seed=seed)
+        record(replace(recording, precision=precision))
     names = {"step distillation (N=0)": 0, f"ARD (N={config.history_layers})": config.history_layers}
     runs = {name: config.out / ("ard" if layers else "step-distillation") for name, layers in names.items()}
     for name, layers in names.items():
         distill(_student_config(config, runs[name].name, layers))
-    curves = {name: evaluate_checkpoints(run, held_out) for name, run in runs.items()}
+    curves = {name: evaluate_checkpoints(run, held_out, precision) for name, run in runs.items()}
     embedded = _embedded(config)
     reports = {name: points[-1] for name, points in curves.items()}
     for name, folder in embedded.items():
-        reports[name] = evaluate(EvaluateConfig(folder, held_out, config.out / "embedded" / folder.name))
+        target = config.out / "embedded" / folder.name
+        reports[name] = evaluate(EvaluateConfig(folder, held_out, target, precision=precision))
 
     folders = {**{name: run / "student" for name, run in runs.items()}, **embedded}
     students = {name: load_student(folder)[0] for name, folder in folders.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ard.checkpoints import load_student, replacing, write_json
 from ard.data import Stream, check_counts, check_folder, check_seed, index_noise
 from ard.models import ARDTransformer
-from ard.precision import PrecisionConfig, computing
+from ard.precision import PrecisionConfig, computing, settled
 from ard.runs import plain, versions
 from ard.shards import worker_device
 from ard.trajectories import TrajectoryStore
@@ -174,6 +174,8 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
             one whose predictions are not finite; the message names it. Nothing is written then.
     """
     _check(config)
+    device = worker_device()
+    config = replace(config, precision=settled(config.precision, device)[0])
     store = TrajectoryStore(config.trajectories)
     count = len(store) if config.samples is None else config.samples
     if not 2 <= count <= len(store):
@@ -183,7 +185,6 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
     loaded = [load_student(folder) for folder in config.students]
     for folder, (student, trained) in zip(config.students, loaded, strict=True):
         store.of_student(folder, student, trained)
-    device = worker_device()
     rows = []
     with tqdm(total=count * len(loaded), desc="diagnose", unit="sample", mininterval=1.0) as bar:
         for folder, name, (student, trained) in zip(

@@ -7,7 +7,7 @@ Every image is encoded as it is and mirrored: a mirrored latent is not the laten
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ard.checkpoints import read_json, sha256
 from ard.data import ImageFolder, LatentStore, Stream, check_counts, check_seed, index_noise
-from ard.precision import PrecisionConfig, computing
-from ard.shards import DTYPES, Shards, StoredDtype, worker, worker_device
+from ard.precision import PrecisionConfig, computing, settled
+from ard.shards import DTYPES, Shards, StoredDtype, began_with, worker, worker_device
 
 _VAE_CONFIG, _VAE_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
@@ -56,6 +56,9 @@ def encode(config: EncodeConfig) -> None:
         ValueError: an option, the VAE or an image is not accepted, diffusers is not installed, or the folder
             holds other latents.
     """
+    device = worker_device()
+    precision, _ = settled(config.precision, device, config.out, began_with(config.out, "precision"))
+    config = replace(config, precision=precision)
     check_counts("encode", size=config.size, shard_size=config.shard_size, batch_size=config.batch_size)
     check_seed(config.seed, "encode")
     vae = load_vae(config.vae)
@@ -73,7 +76,6 @@ def encode(config: EncodeConfig) -> None:
         "dtype": config.dtype, "precision": config.precision, "seed": config.seed, "classes": images.classes,
     }  # fmt: skip
     shards = Shards.begin(config.out, "encode", manifest)
-    device = worker_device()
     vae.to(device)
 
     def latents(indices: Tensor) -> dict[str, Tensor]:

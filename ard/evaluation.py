@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,11 +43,11 @@ from ard.data import (
 from ard.encoding import decode, load_decoder
 from ard.models.classifier import Classifier
 from ard.pictures import image_grid, save_png
-from ard.precision import PrecisionConfig, computing
+from ard.precision import Precision, PrecisionConfig, computing, settled
 from ard.runs import Run, checkpoints, plain, versions
 from ard.sampling import check_finite, sample
 from ard.shards import worker_device
-from ard.training import Batch, Optimisation, accelerator_for, fit, image_batches
+from ard.training import Batch, Optimisation, accelerator_for, fit, image_batches, settled_options
 from ard.trajectories import TrajectoryStore
 
 # Neighbours of a point whose farthest gives its radius: Kynkaanniemi et al., arXiv 1904.06991, section 3.
@@ -296,6 +296,7 @@ class EvaluateConfig(PrecisionConfig):
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    config = replace(config, precision=settled(config.precision, worker_device())[0])
     student, trained = load_student(config.student)
     store = TrajectoryStore(config.trajectories)
     count = len(store) if config.samples is None else config.samples
@@ -354,12 +355,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return report
 
 
-def evaluate_checkpoints(run: Path, held_out: Path) -> list[dict[str, Any]]:
+def evaluate_checkpoints(run: Path, held_out: Path, precision: Precision = "auto") -> list[dict[str, Any]]:
     """The report of each checkpoint's averaged weights, and its `step`, over the training of a student.
 
     Args:
         run: folder of `ard distill` or `ard finetune`. Reports stay in its subfolder `evaluations`.
         held_out: store of trajectories.
+        precision: in which the students compute.
     """
     student, trained = load_student(run / "student")
     points = []
@@ -369,7 +371,7 @@ def evaluate_checkpoints(run: Path, held_out: Path) -> list[dict[str, Any]]:
         if not report.exists() or read_json(report)["config"]["trajectories"] != str(held_out):
             weights = {**student.state_dict(), **read_tensors(folder / "ema.safetensors")}
             save_student(target / "student", student, trained, weights)
-            evaluate(EvaluateConfig(target / "student", held_out, target))
+            evaluate(EvaluateConfig(target / "student", held_out, target, precision=precision))
         points.append({"step": step, **read_json(report)})
     return points
 
@@ -412,10 +414,11 @@ class TrainClassifierConfig:
 
 
 def train_classifier(config: TrainClassifierConfig) -> None:
-    o = config.optimisation
+    o, precision = settled_options(config.optimisation, config.out)
+    config = replace(config, optimisation=o)
     accelerator = accelerator_for(o)
     images, test = (load_images(config.dataset, train, config.data) for train in (True, False))
-    run = Run(config.out, "train-classifier", config, accelerator.is_main_process)
+    run = Run(config.out, "train-classifier", config, accelerator.is_main_process, precision=precision)
     torch.manual_seed(o.seed)
     model = Classifier()
 

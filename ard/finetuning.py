@@ -8,7 +8,7 @@ that the student's backward runs once, over both its losses, and no gradient rea
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,7 @@ from ard.training import (
     accelerator_for,
     fit,
     live_trajectories,
+    settled_options,
     student_preview,
 )
 from ard.trajectories import Trajectories, TrajectoryStore
@@ -185,7 +186,8 @@ class Players(nn.Module):
 
 
 def finetune(config: FinetuneConfig) -> None:
-    o = config.optimisation
+    o, precision = settled_options(config.optimisation, config.out)
+    config = replace(config, optimisation=o)
     _check(config)
     accelerator = accelerator_for(o, unused=True)
     store: Trajectories | None = None if config.trajectories is None else TrajectoryStore(config.trajectories)
@@ -223,7 +225,7 @@ def finetune(config: FinetuneConfig) -> None:
         "teacher": store.manifest["teacher"], "trajectories": store.identity(),
         "regression": sha256(folder / WEIGHTS),
     }  # fmt: skip
-    run = Run(config.out, "finetune", config, accelerator.is_main_process, inputs)
+    run = Run(config.out, "finetune", config, accelerator.is_main_process, inputs, precision)
     shape = (student.channels, *student.input_size)
 
     def fetch(positions: range) -> Batch:

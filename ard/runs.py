@@ -79,6 +79,15 @@ def newest_checkpoint(folder: Path) -> tuple[int, dict[str, dict[str, Tensor]]] 
     return step, groups
 
 
+def begun(folder: Path, option: str) -> Any:
+    """An option of the run that a folder holds; None where there is no run."""
+    path = folder / "run.json"
+    if not path.exists():
+        return None
+    with describing(path, "run"):
+        return _options(read_json(path)["config"]).get(option)
+
+
 def _options(config: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a configuration as the command line has them, without what groups them."""
     flat: dict[str, Any] = {}
@@ -110,6 +119,7 @@ class Run:
         config: its configuration dataclass.
         main: whether this process writes (rank 0).
         inputs: sha256 of what lies at an option that is a path, by the option's name; it may be moved.
+        precision: what was asked for, what that came to and why, as the run began.
     """
 
     def __init__(
@@ -119,6 +129,7 @@ class Run:
         config: Any,
         main: bool = True,
         inputs: Mapping[str, str] | None = None,
+        precision: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.main = folder, main
         contents = {name: f"sha256:{value}" for name, value in (inputs or {}).items()}
@@ -141,7 +152,8 @@ class Run:
             if changed and main:
                 write_json(path, {**found, **wanted})
         elif main:
-            write_json(path, {**wanted, "versions": versions()})
+            begins = {} if precision is None else {"precision": precision}
+            write_json(path, {**wanted, **begins, "versions": versions()})
         self._log: Any = None
         self._board: SummaryWriter | None = None
 

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,7 +23,7 @@ from ard.encoding import decode, load_decoder
 from ard.models import ARDTransformer
 from ard.models.dit import check_inputs
 from ard.pictures import image_grid, save_png
-from ard.precision import PrecisionConfig, computing
+from ard.precision import PrecisionConfig, computing, settled
 from ard.shards import worker_device
 from ard_kernels.backends import forced
 
@@ -244,6 +244,7 @@ def run(config: SampleConfig) -> None:
     check_folder("sample", config.out)
     student, _ = load_student(config.student)
     device = worker_device()
+    config = replace(config, precision=settled(config.precision, device)[0])
     vae = _vae(config, student.channels, device)
     classes = torch.tensor(config.labels if config.labels else range(student.num_classes))
     student.to(device)

@@ -39,6 +39,13 @@ def worker_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def began_with(folder: Path, key: str) -> Any:
+    """What the manifest of a store has under a key; None where there is no store."""
+    path = folder / MANIFEST
+    manifest = read_json(path) if path.is_file() else None
+    return manifest.get(key) if isinstance(manifest, dict) else None
+
+
 class Shards:
     """The shards of a store, read and written by number.
 

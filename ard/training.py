@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,9 +36,10 @@ from ard.diffusion import Diffusion, Prediction, Schedule, Solver, guided
 from ard.losses import denoising_loss, trajectory_loss
 from ard.models import ARDTransformer, DiT
 from ard.pictures import image_grid, save_png
-from ard.precision import Precision, tf32
-from ard.runs import Run, checkpoints, newest_checkpoint
+from ard.precision import Precision, settled, tf32
+from ard.runs import Run, begun, checkpoints, newest_checkpoint
 from ard.sampling import sample
+from ard.shards import worker_device
 from ard.trajectories import LiveTrajectories, SolverConfig, State, Trajectories, TrajectoryStore
 from ard_kernels.layout import Mask
 
@@ -70,9 +71,10 @@ class Optimisation:
     ema: float = 0.9999
     """Decay of the moving average of the weights, which is what gets saved at the end. Early on it is lower,
     (1 + step) / (10 + step), so that the average forgets where it started; not in the GAN stage."""
-    precision: Literal["no", "tf32", "bf16", "fp16"] = "bf16"
+    precision: Literal["auto", "no", "tf32", "bf16", "fp16"] = "auto"
     """Float32 ("no"), float32 with TF32 products on a GPU (the paper's), or the autocast dtype of the forward
-    pass."""
+    pass. auto: bf16 where its products are faster than float32's (GPUs from compute capability 8.0,
+    processors with AVX512-BF16 or AMX), else float32; a run that goes on keeps what it began with."""
     checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
     compile: bool = False
@@ -303,6 +305,12 @@ def _with_weights(model: nn.Module, ema: _EMA, use: Callable[[nn.Module], Tensor
                 p.copy_(own[name])
 
 
+def settled_options(o: Optimisation, out: Path) -> tuple[Optimisation, dict[str, str]]:
+    """The options with the precision that they come to in the run of a folder, and the record of it."""
+    precision, record = settled(o.precision, worker_device(), out, begun(out, "precision"))
+    return replace(o, precision=precision), record
+
+
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
@@ -323,8 +331,9 @@ def accelerator_for(o: Optimisation, unused: bool = False) -> Accelerator:
     if not 0 <= o.ema < 1:
         raise ValueError(f"ema is {o.ema}, accepted is a decay in [0, 1)")
     check_seed(o.seed, "optimisation")
+    precision, _ = settled(o.precision, worker_device())
     accelerator = Accelerator(
-        mixed_precision="no" if o.precision == "tf32" else o.precision,
+        mixed_precision="no" if precision == "tf32" else precision,
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=[
             # Gradients lie where they are reduced: no second copy of them.
@@ -393,7 +402,8 @@ class TrainTeacherConfig:
 
 
 def train_teacher(config: TrainTeacherConfig) -> None:
-    o = config.optimisation
+    o, precision = settled_options(config.optimisation, config.out)
+    config = replace(config, optimisation=o)
     if not 0 <= config.class_dropout <= 1:
         raise ValueError(f"class_dropout is {config.class_dropout}, accepted is a share in [0, 1]")
     if not 0 <= config.guidance < math.inf:
@@ -406,7 +416,7 @@ def train_teacher(config: TrainTeacherConfig) -> None:
         heads=config.heads, num_classes=10, null_class=True, learn_sigma=False,
     )  # fmt: skip
     diffusion = Diffusion(config.noise_schedule, config.prediction, time_scale=config.time_scale)
-    run = Run(config.out, "train-teacher", config, accelerator.is_main_process)
+    run = Run(config.out, "train-teacher", config, accelerator.is_main_process, precision=precision)
 
     if o.compile:
         model.compile()
@@ -499,7 +509,8 @@ def live_trajectories(teacher: Path, made: Mapping[str, Any], o: Optimisation) -
 
 
 def distill(config: DistillConfig) -> None:
-    o = config.optimisation
+    o, precision = settled_options(config.optimisation, config.out)
+    config = replace(config, optimisation=o)
     if not 0 <= config.rollout <= 1:
         raise ValueError(f"rollout is {config.rollout}, accepted is a share in [0, 1]")
     accelerator = accelerator_for(o)
@@ -517,7 +528,7 @@ def distill(config: DistillConfig) -> None:
     if o.compile:
         student.compile()
     inputs = {"teacher": store.manifest["teacher"], "trajectories": store.identity()}
-    run = Run(config.out, "distill", config, accelerator.is_main_process, inputs)
+    run = Run(config.out, "distill", config, accelerator.is_main_process, inputs, precision)
 
     def fetch(positions: range) -> Batch:
         where = torch.arange(positions.start, positions.stop)

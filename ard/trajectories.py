@@ -16,7 +16,7 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -29,8 +29,8 @@ from ard.checkpoints import WEIGHTS, describing, load_teacher, sha256
 from ard.data import check_counts, check_seed, index_noise, shuffled
 from ard.diffusion import Solver, check_solver, guided
 from ard.models import ARDTransformer
-from ard.precision import PrecisionConfig, computing
-from ard.shards import DTYPES, MANIFEST, Shards, StoredDtype, worker, worker_device
+from ard.precision import PrecisionConfig, computing, settled
+from ard.shards import DTYPES, MANIFEST, Shards, StoredDtype, began_with, worker, worker_device
 
 State = Literal["x0", "xt"]
 _FORMAT = 1
@@ -109,11 +109,11 @@ class _Maker:
             raise ValueError(
                 f"{where}: guidance is {config.guidance}, but the teacher has no null class; accepted is 1"
             )
-        self.where = where
+        self.where, self.device = where, worker_device()
+        config = replace(config, precision=settled(config.precision, self.device)[0])
         self.config, self.identity, self.num_classes = config, sha256(teacher / WEIGHTS), model.num_classes
         self.times, self.dtype = self.diffusion.solver_times(config.solver_steps), DTYPES[config.dtype]
         self.shape = (model.channels, *model.input_size)
-        self.device = worker_device()
         guide = guided(model.to(self.device), model.num_classes, config.guidance, config.guided_channels)
         self.denoise = computing(config.precision, self.device)(guide)
 
@@ -151,6 +151,9 @@ class _Maker:
 
 def record(config: RecordConfig) -> None:
     check_counts("record", samples=config.samples, shard_size=config.shard_size)
+    began = began_with(config.out, "precision")
+    precision, _ = settled(config.precision, worker_device(), config.out, began)
+    config = replace(config, precision=precision)
     maker = _Maker(config.teacher, config, "record")
     kept = _kept(config)
     manifest = maker.manifest(kept, samples=config.samples, shard_size=config.shard_size)

@@ -12,6 +12,7 @@ import torch
 
 from ard_kernels import backends, compile_report, tune
 from ard_kernels.backends import forced
+from ard_kernels.machine import prefers_bf16
 
 
 def _info() -> int:
@@ -26,6 +27,9 @@ def _info() -> int:
         on_gpu = triton if backends()["triton"].available and torch.cuda.is_available() else "eager"
         on_cpu = "native (float32, bfloat16)" if backends()["native"].available else "eager"
         print(f"chosen: {on_gpu} on cuda, {on_cpu} on cpu, eager elsewhere and for other dtypes")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    faster, reason = prefers_bf16(device)
+    print(f"precision: {'bf16' if faster else 'float32'} on {device.type}, {reason}")
     return 0
 
 

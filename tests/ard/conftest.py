@@ -33,7 +33,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def recording(teacher: Path) -> RecordConfig:
     """3 shards, the last one short, of 2 passes of the solver each."""
-    config = RecordConfig(teacher, teacher.parent / "trajectories", samples=44, shard_size=16, batch_size=8)
+    config = RecordConfig(
+        teacher, teacher.parent / "trajectories", samples=44, shard_size=16, batch_size=8, precision="no"
+    )
     record(config)
     return config
 

@@ -48,7 +48,7 @@ def _command(config: EncodeConfig) -> list[str]:
         "from pathlib import Path; from ard.encoding import EncodeConfig, encode; "
         f"encode(EncodeConfig(Path({str(config.images)!r}), Path({str(config.vae)!r}), "
         f"Path({str(config.out)!r}), size={config.size}, shard_size={config.shard_size}, "
-        f"batch_size={config.batch_size}))"
+        f"batch_size={config.batch_size}, precision={config.precision!r}))"
     )
     return [sys.executable, "-c", code]
 
@@ -67,7 +67,9 @@ def config(vae: tuple[Path, AutoencoderKL], tmp_path_factory: pytest.TempPathFac
     for i, name in enumerate("aaabbbbc"):
         (made / "images" / name).mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (12, 9, 3), np.uint8)).save(made / f"images/{name}/{i}.png")
-    config = EncodeConfig(made / "images", vae[0], made / "latents", size=8, shard_size=3, batch_size=2)
+    config = EncodeConfig(
+        made / "images", vae[0], made / "latents", size=8, shard_size=3, batch_size=2, precision="no"
+    )
     encode(config)
     return config
 

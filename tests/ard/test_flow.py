@@ -288,6 +288,7 @@ def test_a_flow_teacher_is_recorded(tmp_path: Path, solver: Solver) -> None:
         solver=solver,
         keep="all",
         dtype="float32",
+        precision="no",
     )
     record(config)
     store = TrajectoryStore(config.out)

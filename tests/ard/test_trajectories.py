@@ -34,7 +34,7 @@ def _command(config: RecordConfig, out: Path) -> list[str]:
     return [
         sys.executable, "-m", "ard", "record", "--teacher", str(config.teacher), "--out", str(out),
         "--samples", str(config.samples), "--shard-size", str(config.shard_size),
-        "--batch-size", str(config.batch_size),
+        "--batch-size", str(config.batch_size), "--precision", config.precision,
     ]  # fmt: skip
 
 
