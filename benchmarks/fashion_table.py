@@ -203,7 +203,7 @@ def _optimisation(config: TableConfig, seed: int, gan: bool) -> Optimisation:
         iterations=iterations, batch_size=config.batch_size, lr=1e-4 if gan else 1e-3,
         lr_schedule="constant" if gan else "cosine", warmup=0 if gan else 100, ema=0.998,
         compile=config.compile and not gan, checkpoint_every=every, keep_checkpoints=config.points,
-        sample_every=every, seed=seed,
+        sample_every=every, seed=seed, precision="bf16",
     )  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def _train(config: TableConfig, row: Row, seed: int) -> None:
                     optimisation=_optimisation(config, seed, gan=False),
                 )
             )  # fmt: skip
-    evaluate_checkpoints(out, config.out / "held-out")
+    evaluate_checkpoints(out, config.out / "held-out", precision="no")
 
 
 def _record(config: TableConfig, folder: str) -> None:

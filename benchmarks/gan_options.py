@@ -81,7 +81,7 @@ def _finetune(config: OptionsConfig, name: str) -> None:
             keep_checkpoints=config.points, sample_every=every,
         )  # fmt: skip
         finetune(replace(own, optimisation=o, **OPTIONS[name]))
-    evaluate_checkpoints(out, config.table / "held-out")
+    evaluate_checkpoints(out, config.table / "held-out", precision="no")
 
 
 def _known(config: OptionsConfig) -> list[dict[str, Any]]:
