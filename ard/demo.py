@@ -8,7 +8,7 @@ import io
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class DemoConfig:
     """Decay of the averaged weights."""
     curve_points: int = 4
     """How often each student is evaluated while it trains, the end included."""
-    precision: Precision = "auto"
+    precision: Precision = field(default="auto", metadata={"absent": "bf16"})
     """In which networks compute, in training and everything else; as for the other commands."""
     teacher: Path = ASSETS / "teacher"
     """Folder of the teacher."""
@@ -144,7 +144,7 @@ def demo(config: DemoConfig) -> None:
                          "teacher's layers; the student without history is made anyway")  # fmt: skip
     if config.held_out < FEWEST:
         raise ValueError(f"demo: held_out is {config.held_out}, accepted is an integer >= {FEWEST}")
-    before = begun(config.out, "precision")
+    before = begun(config.out, config, "precision")
     precision, why = settled(config.precision, worker_device(), config.out, before)
     config = replace(config, precision=precision)
     Run(config.out, "demo", config, precision=why)

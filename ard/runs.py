@@ -44,7 +44,11 @@ def versions() -> dict[str, str]:
 
 def plain(config: Any) -> Any:
     """A configuration dataclass as JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return _json(dataclasses.asdict(config))
+
+
+def _json(values: dict[str, Any]) -> Any:
+    return json.loads(json.dumps(values, default=str))
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -79,13 +83,31 @@ def newest_checkpoint(folder: Path) -> tuple[int, dict[str, dict[str, Tensor]]] 
     return step, groups
 
 
-def begun(folder: Path, option: str) -> Any:
-    """An option of the run that a folder holds; None where there is no run."""
+def begun(folder: Path, config: Any, option: str) -> Any:
+    """An option of the run that a folder holds, as `config` has it; None where there is no run."""
     path = folder / "run.json"
     if not path.exists():
         return None
     with describing(path, "run"):
-        return _options(read_json(path)["config"]).get(option)
+        return {**_absent(config), **_options(read_json(path)["config"])}[option]
+
+
+def _absent(config: Any) -> dict[str, Any]:
+    """What a run did whose run.json lacks an option, by the option's name.
+
+    An option is added with a default that leaves runs as they were, which is its value here. One whose
+    default is another, or changes later, says so in its field: ``metadata={"absent": value}``.
+    """
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        if dataclasses.is_dataclass(value := getattr(config, f.name)):
+            flat.update(_absent(value))
+        elif "absent" in f.metadata:
+            flat[f.name] = f.metadata["absent"]
+        elif f.default is not dataclasses.MISSING:
+            flat[f.name] = f.default
+    absent: dict[str, Any] = _json(flat)
+    return absent
 
 
 def _options(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,9 +134,10 @@ class Run:
     """A run folder.
 
     Args:
-        folder: made if it is not there. One that holds a run with another configuration is an error, but for
-            what makes no difference to the result (where things lie, how often it logs, saves and shows, how
-            a batch is divided), and more iterations at a constant learning rate.
+        folder: made if it is not there. One that holds a run with another configuration is an error, except
+            for what makes no difference to the result (where things lie, how often it logs, saves and shows,
+            how a batch is divided), and more iterations at a constant learning rate. An option that its
+            run.json lacks had the default of its time, see `_absent`.
         command: the command's name.
         config: its configuration dataclass.
         main: whether this process writes (rank 0).
@@ -143,6 +166,7 @@ class Run:
                         f"{folder}: holds a run of `ard {found['command']}`, not of `ard {command}`"
                     )
                 old, new = ({**_options(r["config"]), **r.get("inputs", {})} for r in (found, wanted))
+                old = {**_absent(config), **old}
                 changed = [n for n in sorted(set(new) | set(old)) if old.get(n) != new.get(n)]
                 refused = [n for n in changed if not _may_change(n, old, new)]
             if refused:

@@ -307,7 +307,7 @@ def _with_weights(model: nn.Module, ema: _EMA, use: Callable[[nn.Module], Tensor
 
 def settled_options(o: Optimisation, out: Path) -> tuple[Optimisation, dict[str, str]]:
     """The options with the precision that they come to in the run of a folder, and the record of it."""
-    precision, record = settled(o.precision, worker_device(), out, begun(out, "precision"))
+    precision, record = settled(o.precision, worker_device(), out, begun(out, o, "precision"))
     return replace(o, precision=precision), record
 
 
