@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ard.checks import check_local
 from ard.diffusion import Diffusion
 from ard.models import ARDTransformer, DiT
 
@@ -33,6 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A folder takes the place of one that is there, with all that is in it.
     """
+    check_local("write", "path", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Process ids repeat on machines that share a disk.
     temporary, old = (path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp") for _ in range(2))
@@ -105,6 +107,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     A checkpoint that keeps its weights under "ema", "model" or "state_dict" gives those (in this order). Its
     arguments lie under "args", an argparse.Namespace or a mapping.
     """
+    check_local("load", "path", path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix == ".safetensors":
@@ -280,6 +283,7 @@ def save_student(
 def described(folder: Path, accepted: Container[str], wanted: str) -> Iterator[dict[str, Any]]:
     """The description in a folder, of a class that is accepted; one that does not describe a model is an
     error in the block, too."""
+    check_local("load", "folder", folder)
     if not (folder / CONFIG).is_file():
         within = [name for name in ("student", "teacher") if (folder / name / CONFIG).is_file()]
         raise FileNotFoundError(

@@ -22,6 +22,7 @@ from ard import (
     training,
     trajectories,
 )
+from ard.checks import check_paths
 from ard.shards import worker
 
 _COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
@@ -49,6 +50,7 @@ _COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
 # Commands that several processes run together, and those that go on where a call of them was stopped.
 _SHARED = ("train-teacher", "record", "encode", "distill", "finetune", "train-classifier")
 _CONTINUED = (*_SHARED, "demo")
+_BROKEN_PIPE = 128 + 13  # the status of a program that SIGPIPE ends
 
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
@@ -71,9 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(arguments)
     name, function = next((n, f) for n, (c, f) in _COMMANDS.items() if c is type(config))
     try:
+        check_paths(name, config)
         if name not in _SHARED and (world := worker()[1]) > 1:
             raise ValueError(f"WORLD_SIZE is {world}, accepted is 1: this command is one process's")
         function(config)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `ard flops | head`
+        # At its end Python would flush what nobody reads, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(_BROKEN_PIPE) from None
     except (ValueError, OSError, SafetensorError) as error:
         if os.environ.get("ARD_TRACEBACK"):
             raise

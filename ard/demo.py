@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
 import statistics
@@ -32,8 +33,9 @@ from ard.checkpoints import (
 )
 from ard.costs import dit_macs, student_macs
 from ard.data import CLASSES, check_counts, check_seed
-from ard.diffusion import guided
+from ard.diffusion import Diffusion, guided
 from ard.evaluation import FEWEST, EvaluateConfig, evaluate, evaluate_checkpoints
+from ard.models import DiT
 from ard.pictures import image_grid
 from ard.precision import Precision, settled
 from ard.runs import Run, begun, read_log, versions
@@ -147,23 +149,27 @@ def demo(config: DemoConfig) -> None:
     before = begun(config.out, config, "precision")
     precision, why = settled(config.precision, worker_device(), config.out, before)
     config = replace(config, precision=precision)
-    Run(config.out, "demo", config, precision=why)
+    with contextlib.closing(Run(config.out, "demo", config, precision=why)):
+        _demo(config, teacher, diffusion, began)
+
+
+def _demo(config: DemoConfig, teacher: DiT, diffusion: Diffusion, began: float) -> None:
     held_out = config.out / "held-out"
     for folder, count, seed in ((config.out / "trajectories", config.samples, config.seed),
                                 (held_out, config.held_out, config.seed + 1)):  # fmt: skip
         size = -(-count // 4) if count > 400 else count  # a stopped recording loses at most a quarter
         recording = RecordConfig(config.teacher, folder, samples=count, shard_size=size, seed=seed)
-        record(replace(recording, precision=precision))
+        record(replace(recording, precision=config.precision))
     names = {"step distillation (N=0)": 0, f"ARD (N={config.history_layers})": config.history_layers}
     runs = {name: config.out / ("ard" if layers else "step-distillation") for name, layers in names.items()}
     for name, layers in names.items():
         distill(_student_config(config, runs[name].name, layers))
-    curves = {name: evaluate_checkpoints(run, held_out, precision) for name, run in runs.items()}
+    curves = {name: evaluate_checkpoints(run, held_out, config.precision) for name, run in runs.items()}
     embedded = _embedded(config)
     reports = {name: points[-1] for name, points in curves.items()}
     for name, folder in embedded.items():
         target = config.out / "embedded" / folder.name
-        reports[name] = evaluate(EvaluateConfig(folder, held_out, target, precision=precision))
+        reports[name] = evaluate(EvaluateConfig(folder, held_out, target, precision=config.precision))
 
     folders = {**{name: run / "student" for name, run in runs.items()}, **embedded}
     students = {name: load_student(folder)[0] for name, folder in folders.items()}

@@ -25,6 +25,8 @@ from ard.checkpoints import (
     write_json,
     write_tensors,
 )
+from ard.checks import check_local
+from ard.locks import acquire, release
 from ard_kernels.machine import cpu_name, git
 
 
@@ -143,6 +145,8 @@ class Run:
         main: whether this process writes (rank 0).
         inputs: sha256 of what lies at an option that is a path, by the option's name; it may be moved.
         precision: what was asked for, what that came to and why, as the run began.
+
+    Until it is closed no other process can open it.
     """
 
     def __init__(
@@ -155,6 +159,25 @@ class Run:
         precision: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.main = folder, main
+        self._log: Any = None
+        self._board: SummaryWriter | None = None
+        check_local(command, "out", folder)
+        if main:
+            acquire(folder)
+        try:
+            self._begin(command, config, inputs, precision)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(
+        self,
+        command: str,
+        config: Any,
+        inputs: Mapping[str, str] | None,
+        precision: Mapping[str, str] | None,
+    ) -> None:
+        folder, main = self.folder, self.main
         contents = {name: f"sha256:{value}" for name, value in (inputs or {}).items()}
         wanted = {"command": command, "config": plain(config), "inputs": contents}
         path = folder / "run.json"
@@ -178,8 +201,6 @@ class Run:
         elif main:
             begins = {} if precision is None else {"precision": precision}
             write_json(path, {**wanted, **begins, "versions": versions()})
-        self._log: Any = None
-        self._board: SummaryWriter | None = None
 
     def save_checkpoint(self, step: int, groups: Mapping[str, Mapping[str, Tensor]], keep: int) -> None:
         """Every group of tensors in a file of its own, in a folder that appears complete or not at all."""
@@ -223,6 +244,9 @@ class Run:
             self._board.add_image(name, image, step, dataformats="HW" if image.dim() == 2 else "HWC")
 
     def close(self) -> None:
+        """Close the logs, and let other processes use the folder."""
+        if self.main:
+            release(self.folder)
         if self._log is not None and self._board is not None:
             self._log.close()
             self._board.close()

@@ -18,6 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ard.checkpoints import describing, read_json, remove, sha256, write_json, write_tensors, write_text
+from ard.checks import check_local
+from ard.locks import acquire, release
 
 MANIFEST = "manifest.json"
 StoredDtype = Literal["float16", "bfloat16", "float32"]
@@ -58,6 +60,7 @@ class Shards:
 
     def __init__(self, folder: Path, command: str, format: int | str, keys: Iterable[str] = ()) -> None:
         self.folder, self.command = folder, command
+        check_local(command, "folder", folder)
         path = folder / MANIFEST
         if not path.is_file():
             raise FileNotFoundError(
@@ -80,7 +83,20 @@ class Shards:
 
     @classmethod
     def begin(cls, folder: Path, command: str, manifest: Mapping[str, Any]) -> Shards:
-        """The store of this manifest (of JSON values), made or continued; another one there is an error."""
+        """The store of this manifest (of JSON values), made or continued; another one there is an error.
+
+        No other process of this rank can begin there until `fill` is done.
+        """
+        check_local(command, "out", folder)
+        acquire(folder, worker()[0])
+        try:
+            return cls._begin(folder, command, manifest)
+        except BaseException:
+            release(folder, worker()[0])
+            raise
+
+    @classmethod
+    def _begin(cls, folder: Path, command: str, manifest: Mapping[str, Any]) -> Shards:
         path = folder / MANIFEST
         if not path.exists():
             write_json(path, manifest)
@@ -119,6 +135,12 @@ class Shards:
             make: (n,) indices of samples, n at most `batch` -> their tensors.
             unit: what a sample is called.
         """
+        try:
+            self._fill(make, batch, unit)
+        finally:
+            release(self.folder, worker()[0])
+
+    def _fill(self, make: Callable[[Tensor], Mapping[str, Tensor]], batch: int, unit: str) -> None:
         rank, world = worker()
         own = range(rank, len(self), world)
         total = sum(len(self.range(shard)) for shard in own)

@@ -8,6 +8,8 @@ from typing import Any, Self
 import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 
+from ard.checks import check_local
+
 _CARD = """---
 {{ card_data }}
 ---
@@ -39,6 +41,17 @@ class Pretrained(
     @classmethod
     def _load_folder(cls, folder: Path) -> Self:
         raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        check_local("from_pretrained", "pretrained_model_name_or_path", pretrained_model_name_or_path)
+        model: Self = super().from_pretrained(pretrained_model_name_or_path, **options)
+        return model
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        check_local("save_pretrained", "save_directory", save_directory)
+        saved: str | None = super().save_pretrained(save_directory, **options)
+        return saved
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self._save_folder(save_directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import re
@@ -12,15 +13,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ard import cli
+from ard import cli, sampling
+from ard.checkpoints import load_student, load_teacher
+from ard.checks import check_local
 from ard.cli import main, parse
 from ard.evaluation import Statistics
-from ard.trajectories import RecordConfig
+from ard.models import ARDTransformer
+from ard.training import DistillConfig, distill
+from ard.trajectories import RecordConfig, TrajectoryStore, record
 
 _COMMANDS = (
     "demo", "train-teacher", "record", "encode", "distill", "finetune", "sample", "evaluate", "diagnose",
@@ -306,6 +312,83 @@ _BAD: dict[str, tuple[Callable[[Place], object], str, str, set[str]]] = {
         lambda p: torch.save({}, p.folder / "FILE"), "convert --weights FILE --out OUT --preset DiT-M/3",
         "DiT-M/3", set()),
 }  # fmt: skip
+
+
+_REMOTE = "s3://bucket/x"
+
+
+def _path_options() -> list[tuple[str, str]]:
+    """Every option of every command that is a path."""
+    return [
+        (name, field.name)
+        for name, (config, _) in cli._COMMANDS.items()
+        for field in dataclasses.fields(config)
+        if "Path" in str(field.type) or field.name == "real"
+    ]
+
+
+@pytest.mark.parametrize(("command", "option"), _path_options(), ids="-".join)
+def test_an_address_of_elsewhere_is_refused_before_anything_is_made(
+    command: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    needed = {
+        name: _REMOTE if name == option else "x"
+        for name in (f.name for f in dataclasses.fields(cli._COMMANDS[command][0]) if _is_needed(f))
+    }
+    words = [w for name, value in {**needed, option: _REMOTE}.items()
+             for w in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
+    with pytest.raises(SystemExit) as caught:
+        main([command, *words])
+    assert caught.value.code == 1
+    (line,) = _messages(capsys.readouterr().err)
+    assert line.startswith(f"ard {command}: --{option.replace('_', '-')} is {_REMOTE}, accepted is a path")
+    assert not any(tmp_path.iterdir())
+
+
+def _is_needed(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+@pytest.mark.parametrize(
+    "address", ["s3://bucket/x", "gs://b/x", "hf://user/name", "file:///tmp/x", "https://h/x"]
+)
+def test_an_address_of_elsewhere_is_refused_in_python(
+    address: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place.folder)
+    before = _files(place.folder)
+    student = load_student(place.student)[0]
+    for call in (
+        lambda: record(RecordConfig(place.teacher, Path(address), samples=2)),
+        lambda: distill(DistillConfig(place.teacher, Path(address), place.store, history_layers=2)),
+        lambda: sampling.run(sampling.SampleConfig(place.student, Path(address), samples=2)),
+        lambda: TrajectoryStore(address),
+        lambda: load_teacher(address),
+        lambda: student.save_pretrained(address),
+        lambda: ARDTransformer.from_pretrained(address),
+    ):
+        with pytest.raises(ValueError, match="accepted is a path in this machine's file system") as error:
+            call()
+        assert address.replace(":///", "://") in str(error.value)  # what pathlib leaves of it
+    assert _files(place.folder) == before
+
+
+@pytest.mark.parametrize("path", ["C:/x", "a:b", "x", "/s3:/x", "./s3:/x", "user/name"])
+def test_paths_of_this_machine_are_accepted(path: str) -> None:
+    check_local("test", "path", path)
+
+
+def test_output_that_nobody_reads_ends_quietly() -> None:
+    """`ard flops | head`."""
+    command = [sys.executable, "-m", "ard", "flops"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
 
 
 @pytest.mark.parametrize("case", _BAD)
