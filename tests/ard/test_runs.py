@@ -14,7 +14,6 @@ from ard.training import Optimisation
 @pytest.mark.parametrize(
     "content",
     [[], 3, {}, {"command": "distill"}, {"command": "distill", "config": []},
-     {"command": "distill", "config": {"lr_schedule": "constant"}},
      {"command": "distill", "config": {"lr_schedule": "constant", "iterations": "many"}}],
     ids=str,
 )  # fmt: skip
