@@ -48,7 +48,7 @@ _COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
 }
 
 # Commands that several processes run together, and those that go on where a call of them was stopped.
-_SHARED = ("train-teacher", "record", "encode", "distill", "finetune", "train-classifier")
+_SHARED = ("train-teacher", "record", "encode", "distill", "finetune", "train-classifier", "sample")
 _CONTINUED = (*_SHARED, "demo")
 _BROKEN_PIPE = 128 + 13  # the status of a program that SIGPIPE ends
 

@@ -19,7 +19,7 @@ from ard.data import ImageFolder, LatentStore, Stream, check_counts, check_seed,
 from ard.precision import PrecisionConfig, computing, settled
 from ard.shards import DTYPES, Shards, StoredDtype, began_with, worker, worker_device
 
-_VAE_CONFIG, _VAE_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+_VAE_CONFIG, VAE_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def encode(config: EncodeConfig) -> None:
     images = ImageFolder(config.images, config.size, vae.config.in_channels)
     manifest = {
         "format": LatentStore.FORMAT, "images": images.checksum(), "size": config.size,
-        "vae": {name: sha256(config.vae / name) for name in (_VAE_CONFIG, _VAE_WEIGHTS)},
+        "vae": {name: sha256(config.vae / name) for name in (_VAE_CONFIG, VAE_WEIGHTS)},
         "scaling_factor": scale, "shift_factor": shift, "shape": list(shape),
         "samples": len(images), "shard_size": config.shard_size, "batch_size": config.batch_size,
         "dtype": config.dtype, "precision": config.precision, "seed": config.seed, "classes": images.classes,
@@ -120,11 +120,11 @@ def load_decoder(folder: Path, channels: int, device: torch.device, where: str) 
 
 def load_vae(folder: Path) -> Any:
     """The AutoencoderKL of a folder, in evaluation mode and without gradients."""
-    for name in (_VAE_CONFIG, _VAE_WEIGHTS):
+    for name in (_VAE_CONFIG, VAE_WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"vae is {folder}, without {name}; accepted is the folder of a diffusers AutoencoderKL "
-                f"({_VAE_CONFIG} and {_VAE_WEIGHTS}; in a folder of Stable Diffusion it is the subfolder vae)"
+                f"({_VAE_CONFIG} and {VAE_WEIGHTS}; in a folder of Stable Diffusion it is the subfolder vae)"
             )
     described = read_json(folder / _VAE_CONFIG)
     found = described.get("_class_name") if isinstance(described, dict) else None
@@ -145,7 +145,7 @@ def load_vae(folder: Path) -> Any:
     )
     if complaints := [f"{kind.split('_')[0]} {name}" for kind, names in info.items() for name in names]:
         raise ValueError(
-            f"{folder / _VAE_WEIGHTS}: does not fit its {_VAE_CONFIG}: {'; '.join(complaints[:4])}"
+            f"{folder / VAE_WEIGHTS}: does not fit its {_VAE_CONFIG}: {'; '.join(complaints[:4])}"
         )
     if vae.config.latents_mean is not None or vae.config.latents_std is not None:
         raise ValueError(f"{folder / _VAE_CONFIG}: has latents_mean or latents_std, accepted is null")

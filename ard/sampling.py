@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import warnings
 from collections import OrderedDict
@@ -11,20 +12,29 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from tqdm import tqdm
 
-from ard.checkpoints import load_student, replacing, write_json
+from ard.checkpoints import WEIGHTS, load_student, sha256, write_json
 from ard.data import Stream, check_counts, check_folder, check_seed, index_noise, to_uint8
-from ard.encoding import decode, load_decoder
+from ard.encoding import VAE_WEIGHTS, decode, load_decoder
+from ard.locks import acquire, release
 from ard.models import ARDTransformer
-from ard.models.dit import check_inputs
+from ard.models.dit import check_inputs, check_labels
 from ard.pictures import image_grid, save_png
 from ard.precision import PrecisionConfig, computing, settled
-from ard.shards import worker_device
+from ard.sample_files import (
+    FORMAT,
+    assembling,
+    discard_empty,
+    first_samples,
+    missing,
+    parts_folder,
+    read_parts,
+    write_npz,
+)
+from ard.shards import Shards, worker, worker_device
 from ard_kernels.backends import forced
 
 
@@ -56,10 +66,7 @@ def sample(student: ARDTransformer, noise: Tensor, labels: Tensor, cuda_graph: b
         raise ValueError(f"sample: student is {type(student).__name__}, accepted is an ARDTransformer")
     shape = (student.channels, *student.input_size)
     check_inputs("sample", student.pos_embed, shape, {"noise": noise, "labels": labels})
-    if labels.numel():
-        low, high = torch.stack(labels.aminmax()).tolist()  # one wait for the GPU, not two
-        if not 0 <= low <= high < student.num_classes:
-            raise ValueError(f"sample: labels are {low}..{high}, accepted are 0..{student.num_classes - 1}")
+    check_labels("sample", labels, student.num_classes)
     if cuda_graph is not False:
         with _recording:
             graph = _graph(student, noise, labels, cuda_graph is True)
@@ -237,8 +244,15 @@ _SHOWN = 100  # on the picture
 
 
 def run(config: SampleConfig) -> None:
-    from ard.runs import plain, versions  # here: it brings TensorBoard
+    """Write samples.png, samples.npz and sample.json.
 
+    Processes may share the work: the files are the same, whatever their number, with as many threads in each.
+    A killed call of the same options goes on. Host memory holds a batch; the disk, until the end, the samples
+    twice.
+
+    Raises:
+        ValueError: an option that is not accepted, or predictions that are not finite.
+    """
     check_counts("sample", samples=config.samples, batch_size=config.batch_size)
     check_seed(config.seed, "sample")
     check_folder("sample", config.out)
@@ -247,10 +261,10 @@ def run(config: SampleConfig) -> None:
     config = replace(config, precision=settled(config.precision, device)[0])
     vae = _vae(config, student.channels, device)
     classes = torch.tensor(config.labels if config.labels else range(student.num_classes))
+    check_labels("sample", classes, student.num_classes)
     student.to(device)
-    pictures, made = [], None
-    indices = torch.arange(config.samples)
-    for some in tqdm(indices.split(config.batch_size), desc="sample", mininterval=1.0):
+
+    def make(some: Tensor) -> dict[str, Tensor]:
         # Not the trajectories' stream: a student would show what it makes of the noise it was trained on.
         noise = index_noise(some, (student.channels, *student.input_size), config.seed, Stream.SAMPLE)
         labels = classes[some % len(classes)]
@@ -258,18 +272,43 @@ def run(config: SampleConfig) -> None:
             result = sample(student, noise.to(device), labels.to(device))[:, -1]
         check_finite(config.student, result)
         result = (result if vae is None else decode(vae, result)).cpu()
-        if some[0] < _SHOWN:
-            pictures.append(result)
-        stored = result if config.latents else to_uint8(result).permute(0, 2, 3, 1)
-        if made is None:  # once: a list of all and then one tensor of them would be twice the memory
-            made = stored.new_empty(config.samples, *stored.shape[1:])
-        made[some] = stored
-    assert made is not None
-    shown = torch.cat(pictures)[:_SHOWN]
+        return {"samples": result if config.latents else to_uint8(result).permute(0, 2, 3, 1).contiguous()}
+
+    manifest = {
+        "format": FORMAT, "student": sha256(config.student / WEIGHTS), "samples": config.samples,
+        "vae": None if config.vae is None else sha256(config.vae / VAE_WEIGHTS), "labels": config.labels,
+        "latents": config.latents, "precision": config.precision, "seed": config.seed,
+        "shard_size": config.batch_size,
+    }  # fmt: skip
+    manifest = json.loads(json.dumps(manifest))
+    rank, world = worker()
+    folder = parts_folder(config.out, manifest)
+    acquire(config.out, rank)
+    try:
+        parts = Shards.begin(folder, "sample", manifest)
+        parts.fill(make, config.batch_size, "sample")
+        with assembling(config.out, parts) as ours:
+            if ours:
+                _assemble(config, parts, classes[torch.arange(config.samples) % len(classes)])
+            elif folder.is_dir() and (count := missing(parts)):
+                print(f"rank {rank}: done; {count} of {len(parts)} parts are other processes'")
+    finally:
+        release(config.out, rank)
+        if world == 1:
+            discard_empty(config.out, folder)
+
+
+def _assemble(config: SampleConfig, parts: Shards, labels: Tensor) -> None:
+    from ard.runs import plain, versions  # here: it brings TensorBoard
+
+    write_npz(config.out / "samples.npz", read_parts(parts), config.samples, labels)
+    shown = first_samples(parts, _SHOWN)
+    if not config.latents:
+        shown = shown.permute(0, 3, 1, 2).float() / 127.5 - 1
     save_png(config.out / "samples.png", image_grid(shown, columns=min(10, config.samples)))
-    with replacing(config.out / "samples.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, arr_0=made.numpy(), labels=classes[indices % len(classes)].numpy())
-    write_json(config.out / "sample.json", {"config": plain(config), "versions": versions()})
+    rounding = None if config.latents else "nearest"  # of [-1, 1] to 0..255
+    record = {"config": plain(config), "rounding": rounding, "versions": versions()}
+    write_json(config.out / "sample.json", record)
     print(f"samples: {config.out / 'samples.png'}, {config.out / 'samples.npz'}")
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ard.models.history import History, TeacherForced
@@ -75,6 +77,20 @@ def check_inputs(where: str, weight: Tensor, shape: tuple[int, ...], inputs: dic
         raise ValueError(f"{where}: labels is {labels.dtype}, accepted are int64 and int32")
 
 
+def check_labels(where: str, labels: Tensor, num_classes: int) -> None:
+    """An error in the name of `where` about labels (B,) that are none of 0..num_classes-1.
+
+    Their values are read, for which the host waits for a GPU. Labels without values are not looked at: on the
+    meta device, fake ones, and while torch.compile traces.
+    """
+    without = labels.is_meta or isinstance(labels, FakeTensor) or torch.compiler.is_compiling()
+    if without or not labels.numel():
+        return
+    low, high = torch.stack(labels.aminmax()).tolist()  # one wait for the GPU, not two
+    if not 0 <= low <= high < num_classes:
+        raise ValueError(f"{where}: labels are {low}..{high}, accepted are 0..{num_classes - 1}")
+
+
 def position_embedding(width: int, grid: tuple[int, int]) -> Tensor:
     """(1, h*w, width): sines and cosines, of the column in the first half of the channels, then of the row.
 
@@ -122,11 +138,16 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, width: int, null_class: bool) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.embedding_table = nn.Embedding(num_classes + null_class, width)
 
-    def forward(self, labels: Tensor) -> Tensor:
-        rows: Tensor = self.embedding_table(labels)
-        return rows
+    def forward(self, labels: Tensor, null: bool = True) -> Tensor:
+        """labels (...) -> (..., width). Without `null` the null class is as little there as any other number:
+        a GPU's kernel asserts it, which costs no wait."""
+        if null:
+            rows: Tensor = self.embedding_table(labels)
+            return rows
+        return F.embedding(labels, self.embedding_table.weight[: self.num_classes])
 
 
 class PatchEmbedder(nn.Module):

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ard.models.dit import DiT, FinalLayer, check_inputs, is_integer, run_layers, unpatchify
+from ard.models.dit import (
+    DiT,
+    FinalLayer,
+    LabelEmbedder,
+    check_inputs,
+    check_labels,
+    is_integer,
+    run_layers,
+    unpatchify,
+)
 from ard.models.history import KVCache, TeacherForced
 from ard.models.pretrained import Pretrained
 from ard_kernels import BlockLayout
@@ -170,7 +179,9 @@ class ARDTransformer(nn.Module, Pretrained):
             Of every layer (B, S, 6, D), and last of the final norm (B, S, 2, D); in the dtype of the weights,
             under autocast in its dtype.
         """
-        condition = self.t_embedder(self.times) + self.y_embedder(labels).unsqueeze(1)  # (B, S, D)
+        own = isinstance(self.y_embedder, LabelEmbedder)  # and no subclass's
+        rows = self.y_embedder(labels, null=False) if own else self.y_embedder(labels)
+        condition = self.t_embedder(self.times) + rows.unsqueeze(1)  # (B, S, D)
         tables = [layer.adaLN_modulation(condition) for layer in self.blocks]  # type: ignore[operator]
         final = [self._final(s).adaLN_modulation(condition[:, s : s + 1]) for s in range(self.steps)]
         return [*tables, torch.cat(final, 1)]
@@ -189,7 +200,8 @@ class ARDTransformer(nn.Module, Pretrained):
         Args:
             states: (B, S, C, h, w), the noise and states 1..S-1, in the dtype of the weights or under
                 autocast.
-            labels: (B,) int64 or int32 in 0..num_classes-1. Their range is not checked.
+            labels: (B,) int64 or int32 in 0..num_classes-1: guidance is in the weights, so that there is no
+                null class. On a GPU another one ends in the kernel's assertion.
 
         Returns:
             (B, S, C, h, w), the predictions of states 1..S, in the dtype of the weights, under autocast in
@@ -200,6 +212,8 @@ class ARDTransformer(nn.Module, Pretrained):
         """
         shape = (self.steps, self.channels, *self.input_size)
         check_inputs("ARDTransformer", self.pos_embed, shape, {"states": states, "labels": labels})
+        if labels.device.type == "cpu":  # on a GPU the host would wait for the values
+            check_labels("ARDTransformer", labels, self.num_classes)
         parts = self.trunk(states, labels).unflatten(1, (self.steps, -1)).unbind(1)
         return torch.stack([self._predict(part, s) for s, part in enumerate(parts)], 1)
 

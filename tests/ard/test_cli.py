@@ -461,12 +461,12 @@ def test_a_checkpoint_with_code_is_not_executed_by_the_real_command(place: Place
 def test_one_process_commands_say_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All processes of torchrun would make the same samples and write the same files."""
+    """All processes of torchrun would make the same report and write the same files."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as stopped:
-        main(["sample", "--student", "nowhere", "--out", "nowhere"])
+        main(["evaluate", "--student", "nowhere", "--trajectories", "nowhere", "--out", "nowhere"])
     assert stopped.value.code == 1
-    assert capsys.readouterr().err.startswith("ard sample: WORLD_SIZE is 2, accepted is 1")
+    assert capsys.readouterr().err.startswith("ard evaluate: WORLD_SIZE is 2, accepted is 1")
     with pytest.raises(SystemExit):
         main(["record", "--teacher", "nowhere", "--out", "nowhere"])
     assert "nowhere: no config.json there" in capsys.readouterr().err

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ard.costs import (
     PUBLISHED,
@@ -22,6 +24,7 @@ from ard.costs import (
     student_macs,
 )
 from ard.models import ARDTransformer, DiT
+from ard.sampling import sample
 from ard_kernels.layout import MASKS, Mask
 
 _ODD = {
@@ -124,3 +127,31 @@ def test_command_for_another_model(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_model_is_named() -> None:
     with pytest.raises(ValueError, match="model is 'DiT-M/2'"):
         run(FlopsConfig(model="DiT-M/2"))
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])
+def test_sampling_is_counted_without_values(fake: bool) -> None:
+    """The public `sample` on tensors that have none: shapes, and the formula's count (which counts one time
+    embedding per call)."""
+    config = {"steps": 3, "history_layers": 2}
+    if fake:
+        with FakeTensorMode():
+            student = ARDTransformer.from_teacher(DiT(**_ODD, learn_sigma=False), **config)  # type: ignore[arg-type]
+            noise, labels = torch.empty(2, 3, 16, 24), torch.empty(2, dtype=torch.int64)
+            path = sample(student, noise, labels)
+        assert isinstance(path, FakeTensor)
+    else:
+        student = ARDTransformer.from_teacher(_meta_dit(), **config)  # type: ignore[arg-type]
+        noise = torch.empty(2, 3, 16, 24, device="meta")
+        with FlopCounterMode(display=False) as counter:
+            path = sample(student, noise, torch.empty(2, dtype=torch.int64, device="meta"))
+        assert path.is_meta
+        assert counter.get_total_flops() == 2 * student_macs(student.config, 2).total
+    assert path.shape == (2, 3, 3, 16, 24)
+
+
+def test_sampling_is_counted_with_values() -> None:
+    student = ARDTransformer.from_teacher(DiT(**_ODD), 3, 2)  # type: ignore[arg-type]
+    with FlopCounterMode(display=False) as counter:
+        sample(student, torch.randn(2, 3, 16, 24), torch.tensor([0, 999]))
+    assert counter.get_total_flops() == 2 * student_macs(student.config, 2).total

@@ -618,3 +618,24 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the model is a Student .*, accepted .* ARDTransformer"):
         own.save_pretrained(tmp_path / "student")
     assert not [*tmp_path.rglob("*.safetensors")]
+
+
+@pytest.mark.parametrize("wrong", [-1, 7, 8, 1000])
+def test_a_label_that_is_not_there_is_an_error(wrong: int) -> None:
+    """The null class, 7 here, too: a student's weights hold the guidance. A teacher takes it."""
+    student, given = _inputs("ARDTransformer")
+    given["labels"][1] = wrong
+    with pytest.raises(ValueError, match=rf"ARDTransformer: labels are .*{wrong}.*, accepted are 0\.\.6"):
+        student(**given)
+    if wrong == 7:
+        teacher, given = _inputs("DiT")
+        given["labels"][1] = wrong
+        assert teacher(**given).isfinite().all()
+
+
+def test_the_null_class_is_out_of_range_where_values_are_not_read() -> None:
+    """As on a GPU, whose kernel then stops: the student's rows end before it, in every pass."""
+    student, given = _inputs("ARDTransformer")
+    given["labels"][1] = 7
+    with pytest.raises(IndexError):
+        student.modulation(given["labels"])
