@@ -155,7 +155,7 @@ def demo(config: DemoConfig) -> None:
     embedded = _embedded(config)
     reports = {name: points[-1] for name, points in curves.items()}
     for name, folder in embedded.items():
-        reports[name] = evaluate(EvaluateConfig(folder, held_out, config.out / "embedded" / folder.name))
+        reports[name] = evaluate(EvaluateConfig(folder, held_out, out=config.out / "embedded" / folder.name))
 
     folders = {**{name: run / "student" for name, run in runs.items()}, **embedded}
     students = {name: load_student(folder)[0] for name, folder in folders.items()}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ard import cli
 from ard.cli import main, parse
-from ard.evaluation import Statistics
+from ard.features import Statistics
 from ard.trajectories import RecordConfig
 
 _COMMANDS = (
