@@ -25,8 +25,8 @@ from ard.shards import worker_device
 
 # Images that a feature network is given at once.
 BATCH = 250
-# Of those, how many Inception sees at once on a CPU. 300 images of 256 x 256 on two cores: in passes of 100 95 s
-# of CPU time and 2.3 GB at the peak, of 32 66 s and 1.5 GB, of 16 65 s and 1.0 GB.
+# Of those, how many Inception sees at once on a CPU. 300 images of 256 x 256 on two cores: in passes of 100
+# 95 s of CPU time and 2.3 GB at the peak, of 32 66 s and 1.5 GB, of 16 65 s and 1.0 GB.
 _CPU_PASS = 16
 
 

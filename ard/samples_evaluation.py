@@ -126,11 +126,12 @@ def _distance(own: Moments, reference: tuple[Tensor, Tensor]) -> float:
 
 
 def _rounding(samples: Path) -> str:
-    """How the images were rounded to uint8, as far as `ard sample` has recorded it beside them."""
+    """How the images were rounded to uint8, according to the record of `ard sample` beside them."""
     record = samples.with_name("sample.json")
     written = read_json(record) if record.is_file() else None
-    found = written.get("rounding") if isinstance(written, dict) else None
-    return found if isinstance(found, str) else "not recorded"
+    if not isinstance(written, dict) or not {"config", "versions"} <= written.keys():
+        return "not recorded"
+    return str(written.get("rounding", "nearest"))  # to_uint8 rounds to the nearest
 
 
 def _against_adm(

@@ -117,7 +117,7 @@ def test_the_figures_are_those_of_adm(tmp_path: Path, capsys: pytest.CaptureFixt
     samples, whole = _images(5200, 0, low=9), _images(900, 1)
     np.savez(tmp_path / "samples.npz", arr_0=samples, labels=np.zeros(5200, np.int64))
     _reference(tmp_path / "reference.npz", whole[:300], whole)
-    write_json(tmp_path / "sample.json", {"rounding": "nearest"})
+    write_json(tmp_path / "sample.json", {"config": {}, "versions": {}})
     report = evaluate(_config(tmp_path))
     (own, own_s), (real, _) = _features(samples), _features(whole[:300])
     wanted = {
@@ -168,6 +168,10 @@ def test_a_reference_of_images_gives_its_own_moments(tmp_path: Path) -> None:
         assert report["metrics"][name] == pytest.approx(wanted, rel=1e-6)
     assert report["reference"]["moments"] == "of arr_0"
     assert report["samples"]["rounding"] == "not recorded"
+    write_json(tmp_path / "sample.json", {"config": {}, "versions": {}, "rounding": "down"})
+    assert evaluate(_config(tmp_path))["samples"]["rounding"] == "down"
+    write_json(tmp_path / "sample.json", ["of something else"])
+    assert evaluate(_config(tmp_path))["samples"]["rounding"] == "not recorded"
 
 
 def test_what_a_reference_lacks_is_said(tmp_path: Path) -> None:
