@@ -32,6 +32,7 @@ from ard.evaluation import (
     train_classifier,
 )
 from ard.features import Extractor, Statistics, classifier_extractor, extract, load_classifier
+from ard.metrics import precision_recall
 from ard.models import ARDTransformer, DiT
 from ard.training import Optimisation
 from ard.trajectories import RecordConfig, TrajectoryStore, record
@@ -65,6 +66,10 @@ def test_any_extractor_will_do() -> None:
     assert report == {"frechet": pytest.approx(0, abs=1e-4), "precision": 1, "recall": 1, "samples": 400}
     moved = Statistics.of(features + torch.tensor([3.0, 4.0]), 400)
     assert image_metrics(images, extractor, moved)["frechet"] == pytest.approx(25, rel=1e-4)
+    report = image_metrics(images[:50], extractor, moved)  # against as many of the reference's
+    wanted = precision_recall(features[:50], moved.features[:50])
+    assert (report["precision"], report["recall"]) == wanted
+    assert wanted != precision_recall(features[:50], moved.features)
     with pytest.raises(ValueError, match="two pixels makes 2 features, the reference has 3"):
         image_metrics(images, extractor, Statistics.of(torch.randn(9, 3), 9))
 

@@ -76,9 +76,9 @@ def test_inception_score_is_the_mean_over_splits() -> None:
 
 
 def test_inception_score_of_sure_and_of_unsure_networks() -> None:
-    """Each of 4 classes as often, for sure: 4, although probabilities of 0 have no logarithm. No idea: 1."""
-    sure = 10_000 * torch.eye(4).repeat(3, 1)
-    assert inception_score(sure, torch.eye(4)) == pytest.approx(4)
+    """Each of 4 classes as often, for sure, and a fifth never: 4, although 0 has no logarithm. No idea: 1."""
+    sure, never = 10_000 * torch.eye(4).repeat(3, 1), torch.full((1, 4), -1.0)
+    assert inception_score(sure, torch.cat([torch.eye(4), never])) == pytest.approx(4)
     assert inception_score(torch.zeros(12, 4), torch.eye(4)) == pytest.approx(1)
 
 
