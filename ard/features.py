@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,17 @@ def classifier_extractor(folder: Path) -> Extractor:
     )
 
 
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Inside, a GPU's convolutions do not round float32 to TF32, which is PyTorch's default for them."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def inception_extractor(weights: Path) -> Extractor:
     """FID's Inception, from a local file of its weights (pt_inception-2015-12-05-6726825d.pth)."""
     if not weights.is_file():
@@ -94,7 +106,8 @@ def inception_extractor(weights: Path) -> Extractor:
     def both(images: Tensor) -> tuple[Tensor, Tensor]:
         colour = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
         parts = colour.split(_CPU_PASS if device.type == "cpu" else len(colour))
-        passes = [model(part.to(device)) for part in parts]
+        with _full_precision():
+            passes = [model(part.to(device)) for part in parts]
         return torch.cat([x for x, _ in passes]).cpu(), torch.cat([x for _, x in passes]).cpu()
 
     return Extractor(

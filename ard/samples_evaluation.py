@@ -182,7 +182,13 @@ def _against_statistics(
     metrics = {"frechet": _distance(seen.moments, (reference.mean, reference.covariance))}
     pair = precision_recall(seen.features.to(device), reference.features.to(device))
     metrics["precision"], metrics["recall"] = pair
-    return metrics, {"images": len(reference.features), "moments": "mean, covariance"}, []
+    count, notes = len(reference.features), []
+    if count != seen.moments.count:
+        notes.append(
+            f"precision and recall of {seen.moments.count} samples and {count} real images: compare with "
+            "figures of the same counts only"
+        )
+    return metrics, {"images": count, "moments": "mean, covariance"}, notes
 
 
 def evaluate_samples(samples: Path, reference: Path, extractor: Extractor, batch_size: int) -> dict[str, Any]:

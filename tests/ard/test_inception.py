@@ -68,6 +68,19 @@ def test_grey_images_are_three_equal_channels(weights: Path) -> None:
     assert torch.equal(extractor.features(grey), extractor.features(grey.expand(-1, 3, -1, -1)))
 
 
+def test_convolutions_are_not_rounded_on_a_gpu(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = []
+
+    def forward(self: Inception, images: Tensor) -> tuple[Tensor, Tensor]:
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return torch.zeros(len(images), FEATURES), torch.zeros(len(images), SPATIAL)
+
+    monkeypatch.setattr(Inception, "forward", forward)
+    inception_extractor(weights).features(_images())
+    assert allowed == [False]
+    assert torch.backends.cudnn.allow_tf32  # as before
+
+
 def test_resize_is_that_of_tensorflow_1() -> None:
     """Pixel i lies at i * old / new, without half a pixel, and the last column repeats at the border."""
     images = torch.tensor([[[[0.0, 10.0], [100.0, 110.0]]]])

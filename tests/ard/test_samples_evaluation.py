@@ -223,6 +223,7 @@ def test_statistics_of_ones_own_are_a_reference_too(
     assert report["metrics"]["consistency"] == pytest.approx(float(right.float().mean()))
     assert set(report["metrics"]) == {"frechet", "precision", "recall", "consistency"}
     assert report["reference"]["images"] == len(reference.features)
+    assert report["notes"][0].startswith("precision and recall of 120 samples and 5000 real images")
     assert "consistency" in capsys.readouterr().out
 
 
