@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ard.adm_reference import write_adm_reference
 from ard.assets import ASSETS
 from ard.checkpoints import (
     CONFIG,
@@ -326,7 +327,7 @@ class StatisticsConfig:
     """Compute statistics of real images for `ard evaluate`: of a data set's, or of a folder of images."""
 
     out: Path
-    """The .safetensors file to write."""
+    """The .safetensors file to write. With --images and --inception also an .npz like those of ADM's suite."""
     dataset: Dataset = "fashion-mnist"
     """The images: moments over the training images, and the distance of the test images from them as a
     check."""
@@ -342,7 +343,7 @@ class StatisticsConfig:
     """Use Inception features instead, from this local file of its weights
     (pt_inception-2015-12-05-6726825d.pth)."""
     keep: int = 5000
-    """How many images' features are kept, for precision and recall."""
+    """How many images' features (in an .npz: images) are kept, for precision and recall."""
 
 
 def _check_folder(images: ImageFolder, extractor: Extractor) -> None:
@@ -354,27 +355,36 @@ def _check_folder(images: ImageFolder, extractor: Extractor) -> None:
         )
 
 
-def _folder_features(images: ImageFolder, extractor: Extractor) -> Iterator[Tensor]:
-    """(n, d), in a random order, which is always the same: what is kept of them is of all classes."""
+def _parts(images: ImageFolder) -> Iterator[Tensor]:
+    """(n, C, h, w) uint8, in a random order, which is always the same: what is kept is of all classes."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     with tqdm(total=len(images), desc="statistics", unit="image", mininterval=1.0) as bar:
         for indices in order.split(BATCH):
             pixels, _ = images.fetch(indices, torch.zeros(len(indices), dtype=torch.bool))
-            yield extract(extractor, to_uint8(pixels))
+            yield to_uint8(pixels)
             bar.update(len(indices))
 
 
 def statistics(config: StatisticsConfig) -> None:
     if config.keep <= NEIGHBOURS:
         raise ValueError(f"statistics: keep is {config.keep}, accepted is an integer > {NEIGHBOURS}")
-    if config.out.suffix != ".safetensors":  # by which `ard evaluate` reads it
-        raise ValueError(f"statistics: out is {config.out}, accepted is the name of a .safetensors file")
+    adm = config.out.suffix == ".npz" and config.images is not None and config.inception is not None
+    if config.out.suffix != ".safetensors" and not adm:  # by which `ard evaluate` reads it
+        raise ValueError(
+            f"statistics: out is {config.out}, accepted is the name of a .safetensors file, with --images "
+            "and --inception also of an .npz file"
+        )
     extractor = extractor_of(config.classifier, config.inception)
     if config.images is not None:
         images = ImageFolder(config.images, config.size, max(extractor.channels))
         _check_folder(images, extractor)
-        features = _folder_features(images, extractor)
-        Statistics.of_parts(features, config.keep, extractor.network).save(config.out, extractor.name)
+        if adm:
+            channels, height, width = images.shape
+            shape = (min(config.keep, len(images)), height, width, channels)
+            write_adm_reference(config.out, _parts(images), shape, extractor)
+        else:
+            features = (extract(extractor, part) for part in _parts(images))
+            Statistics.of_parts(features, config.keep, extractor.network).save(config.out, extractor.name)
         print(f"statistics: {config.out} ({len(images)} images)")
         return
     train, test = (to_uint8(load_images(config.dataset, t, config.data).pixels) for t in (True, False))

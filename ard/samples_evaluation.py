@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ard.adm_reference import AdmReference
 from ard.checkpoints import read_json
 from ard.features import Extractor, Statistics, check_reference
 from ard.metrics import (
@@ -21,8 +22,7 @@ from ard.metrics import (
     inception_score,
     precision_recall,
 )
-from ard.models.inception import FEATURES, SPATIAL
-from ard.npz import NpzImages, names, read_floats
+from ard.npz import NpzImages
 from ard.shards import worker_device
 
 # Of the public conversion of TensorFlow's weights, pt_inception-2015-12-05-6726825d.pth (95,628,359 bytes).
@@ -81,33 +81,6 @@ def _look(images: NpzImages, extractor: Extractor, batch_size: int, labels: Tens
     return seen
 
 
-@dataclass(frozen=True)
-class _AdmReference:
-    """What a reference file of ADM's suite holds. Moments are (mean, covariance)."""
-
-    moments: tuple[Tensor, Tensor] | None
-    spatial: tuple[Tensor, Tensor] | None
-    images: NpzImages | None
-
-    @classmethod
-    def load(cls, path: Path) -> _AdmReference:
-        held = names(path)
-
-        def pair(mean: str, covariance: str, size: int) -> tuple[Tensor, Tensor] | None:
-            if not {mean, covariance} <= held:
-                return None
-            return read_floats(path, mean, (size,)), read_floats(path, covariance, (size, size))
-
-        images = NpzImages(path) if "arr_0" in held else None
-        moments = pair("mu", "sigma", FEATURES)
-        if moments is None and images is None:
-            raise ValueError(
-                f"{path}: holds {', '.join(sorted(held)) or 'no arrays'}; accepted are mu and sigma, or "
-                "images arr_0"
-            )
-        return cls(moments, pair("mu_s", "sigma_s", SPATIAL), images)
-
-
 def _check_images(images: NpzImages, extractor: Extractor) -> None:
     if images.count <= NEIGHBOURS:
         raise ValueError(f"{images.path}: has {images.count} images, accepted are more than {NEIGHBOURS}")
@@ -135,7 +108,7 @@ def _rounding(samples: Path) -> str:
 
 
 def _against_adm(
-    seen: _Seen, images: NpzImages, extractor: Extractor, reference: _AdmReference, batch_size: int
+    seen: _Seen, images: NpzImages, extractor: Extractor, reference: AdmReference, batch_size: int
 ) -> tuple[dict[str, float], dict[str, Any], list[str]]:
     """Metrics, the reference's entry in the report, and notes."""
     notes = []
@@ -214,7 +187,7 @@ def evaluate_samples(samples: Path, reference: Path, extractor: Extractor, batch
                 f"evaluate: reference is {reference}, statistics of Inception's features; wanted is "
                 "--inception FILE"
             )
-        adm = _AdmReference.load(reference)
+        adm = AdmReference.load(reference)
         if adm.images is not None:
             _check_images(adm.images, extractor)
     else:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from scipy import linalg
 from torch import Tensor
 
@@ -20,7 +21,14 @@ from ard.assets import ASSETS
 from ard.checkpoints import read_json, write_json
 from ard.cli import main, parse
 from ard.data import load_images, to_uint8
-from ard.evaluation import EvaluateConfig, evaluate, image_metrics, print_report
+from ard.evaluation import (
+    EvaluateConfig,
+    StatisticsConfig,
+    evaluate,
+    image_metrics,
+    print_report,
+    statistics,
+)
 from ard.features import Extractor, Statistics, classifier_extractor
 
 _D, _S, _CLASSES = 24, 20, 6
@@ -53,8 +61,8 @@ def network(monkeypatch: pytest.MonkeyPatch) -> None:
         head=torch.from_numpy(_weights()[2]),
     )  # fmt: skip
     monkeypatch.setattr("ard.features.inception_extractor", lambda _: stub)
-    monkeypatch.setattr("ard.samples_evaluation.FEATURES", _D)
-    monkeypatch.setattr("ard.samples_evaluation.SPATIAL", _S)
+    monkeypatch.setattr("ard.adm_reference.FEATURES", _D)
+    monkeypatch.setattr("ard.adm_reference.SPATIAL", _S)
 
 
 def _images(count: int, seed: int, low: int = 0) -> NDArray[np.uint8]:
@@ -225,6 +233,38 @@ def test_statistics_of_ones_own_are_a_reference_too(
     assert report["reference"]["images"] == len(reference.features)
     assert report["notes"][0].startswith("precision and recall of 120 samples and 5000 real images")
     assert "consistency" in capsys.readouterr().out
+
+
+def test_a_reference_of_ones_own_images(tmp_path: Path) -> None:
+    """`ard statistics --out reference.npz`: what NumPy finds in it, twice the same bytes, and its use."""
+    images = _images(40, 3)
+    for i, pixels in enumerate(images):
+        (tmp_path / "images" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "images" / str(i % 2) / f"{i}.png")
+    config = StatisticsConfig(
+        tmp_path / "reference.npz", images=tmp_path / "images", size=4, inception=Path("weights"), keep=30
+    )
+    statistics(config)
+    statistics(replace(config, out=tmp_path / "again.npz"))
+    assert _sha256(tmp_path / "reference.npz") == _sha256(tmp_path / "again.npz")
+    with np.load(tmp_path / "reference.npz", allow_pickle=False) as found:
+        assert set(found) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s"}
+        kept = {image.tobytes() for image in found["arr_0"]}
+        assert len(kept) == 30
+        assert kept <= {image.tobytes() for image in images}
+        for values, end in zip(_features(images), ("", "_s"), strict=True):
+            np.testing.assert_allclose(found[f"mu{end}"], values.mean(0, dtype=np.float64), rtol=1e-6)
+            np.testing.assert_allclose(
+                found[f"sigma{end}"], np.cov(values, rowvar=False), rtol=1e-5, atol=1e-9
+            )
+    np.savez(tmp_path / "samples.npz", images)
+    metrics = evaluate(_config(tmp_path))["metrics"]
+    assert metrics["fid"] == pytest.approx(0, abs=1e-6)
+    assert metrics["sfid"] == pytest.approx(0, abs=1e-6)
+    assert metrics["recall"] == 1
+    for options in ({"images": None}, {"inception": None}):
+        with pytest.raises(ValueError, match=r"reference\.npz, accepted is .* with --images and --inception"):
+            statistics(replace(config, **options))
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
