@@ -1,4 +1,4 @@
-"""Reference files of ADM's evaluation suite: moments of a data set in Inception's features, and some images."""
+"""Reference files of ADM's evaluation suite: moments of Inception's features, and some images."""
 
 from __future__ import annotations
 

@@ -327,7 +327,7 @@ class StatisticsConfig:
     """Compute statistics of real images for `ard evaluate`: of a data set's, or of a folder of images."""
 
     out: Path
-    """The .safetensors file to write. With --images and --inception also an .npz like those of ADM's suite."""
+    """The .safetensors file to write. With --images and --inception also an .npz as in ADM's suite."""
     dataset: Dataset = "fashion-mnist"
     """The images: moments over the training images, and the distance of the test images from them as a
     check."""
