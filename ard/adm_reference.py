@@ -20,7 +20,7 @@ from ard.npz import NpzImages, names, read_floats
 
 @dataclass(frozen=True)
 class AdmReference:
-    """What a reference file of ADM's suite holds. Moments are (mean, covariance)."""
+    """Contents of a reference file. Moments are (mean, covariance)."""
 
     moments: tuple[Tensor, Tensor] | None
     spatial: tuple[Tensor, Tensor] | None

@@ -1,5 +1,5 @@
-"""How far generated samples are from real ones, from the features of both: Frechet distance, inception score,
-precision and recall.
+"""Comparison of generated with real samples by their features: Frechet distance, inception score, precision
+and recall.
 
 The formulas are those of ADM's evaluator (openai/guided-diffusion, evaluations/evaluator.py). Moments,
 Frechet distance and inception score are computed in float64.

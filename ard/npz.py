@@ -25,7 +25,7 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
 
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The archive; what is wrong with it is a ValueError that names the file."""
+    """Open an archive; every defect of it is a ValueError that names the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:

@@ -1,4 +1,4 @@
-"""How good the images of an .npz file are, against ADM's reference files or those of `ard statistics`."""
+"""Evaluation of the images of an .npz file, against ADM's reference files or those of `ard statistics`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ard.metrics import (
 from ard.npz import NpzImages
 from ard.shards import worker_device
 
-# Of the public conversion of TensorFlow's weights, pt_inception-2015-12-05-6726825d.pth (95,628,359 bytes).
+# sha256 of pt_inception-2015-12-05-6726825d.pth (95,628,359 bytes), converted from TensorFlow's weights.
 PUBLISHED_INCEPTION = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 _PUBLISHED_COUNT = 50_000  # of samples, in published FIDs
 _HASHED = 1 << 24  # bytes per read: large enough for the disk, small enough for the progress bar
@@ -46,7 +46,7 @@ def _sha256(path: Path) -> str:
 
 @dataclass
 class _Seen:
-    """What the network makes of all images of a file."""
+    """Features of all images of a file, and their moments."""
 
     features: Tensor
     moments: Moments = field(default_factory=Moments)
@@ -99,7 +99,7 @@ def _distance(own: Moments, reference: tuple[Tensor, Tensor]) -> float:
 
 
 def _rounding(samples: Path) -> str:
-    """How the images were rounded to uint8, according to the record of `ard sample` beside them."""
+    """Rounding of the images to uint8, according to the record of `ard sample` beside them."""
     record = samples.with_name("sample.json")
     written = read_json(record) if record.is_file() else None
     if not isinstance(written, dict) or not {"config", "versions"} <= written.keys():

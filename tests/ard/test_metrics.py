@@ -58,6 +58,26 @@ def test_frechet_distance_is_that_of_the_matrix_square_root(samples: int) -> Non
     assert frechet_distance(*moments) == pytest.approx(wanted, rel=1e-9 if samples == 400 else 1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("samples", "real"), [(5000, 8000), (1000, 8000), (1000, 1000)])
+def test_frechet_distance_of_as_many_features_as_inception_has(samples: int, real: int) -> None:
+    """2,048 features of 200 dimensions and noise; fewer samples than features have singular covariances."""
+    random = np.random.default_rng(0)
+    mix = random.normal(size=(200, 2048)) / 14
+    moments = []
+    for count, scale in ((samples, 1.05), (real, 1.0)):
+        x = scale * random.normal(size=(count, 200)) @ mix + 0.15 * random.normal(size=(count, 2048))
+        x = np.log1p(np.exp(0.6 * x - 0.9))  # above 0 and skewed, as behind a ReLU
+        moments.append((x.mean(0), np.cov(x, rowvar=False)))
+    (mean_a, cov_a), (mean_b, cov_b) = moments
+    root = linalg.sqrtm(cov_a @ cov_b)
+    shift = mean_a - mean_b
+    wanted = shift @ shift + np.trace(cov_a) + np.trace(cov_b) - 2 * np.trace(root).real
+    found = frechet_distance(*(torch.from_numpy(x) for pair in moments for x in pair))
+    print(f"{samples} of {real}: {found}, SciPy {wanted}, relative {abs(found - wanted) / wanted:.1e}")
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
 def _softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
     powers: NDArray[np.float64] = np.exp(x - x.max(1, keepdims=True))
     return powers / powers.sum(1, keepdims=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,8 @@ def test_a_reference_of_ones_own_images(tmp_path: Path) -> None:
                 found[f"sigma{end}"], np.cov(values, rowvar=False), rtol=1e-5, atol=1e-9
             )
     np.savez(tmp_path / "samples.npz", images)
+    with zipfile.ZipFile(tmp_path / "reference.npz") as archive:  # 128 bytes of header, and no more images
+        assert archive.getinfo("arr_0.npy").file_size == 128 + 30 * images[0].nbytes
     metrics = evaluate(_config(tmp_path))["metrics"]
     assert metrics["fid"] == pytest.approx(0, abs=1e-6)
     assert metrics["sfid"] == pytest.approx(0, abs=1e-6)
