@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -150,8 +150,9 @@ def _of_samples(config: EvaluateConfig, samples: Path) -> dict[str, Any]:
     extractor = extractor_of(config.classifier, config.inception)
     report = {
         **evaluate_samples(samples, config.reference, extractor, config.batch_size),
-        "config": plain(config), "versions": versions(),
-    }  # fmt: skip
+        "config": plain(replace(config, precision="no")),  # feature networks compute in float32
+        "versions": versions(),
+    }
     write_json(config.out / "evaluation.json", report)
     return report
 
