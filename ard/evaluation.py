@@ -159,8 +159,9 @@ def _of_samples(config: EvaluateConfig, samples: Path) -> dict[str, Any]:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """The report, which is also written to the folder `out`."""
-    if isinstance(config.samples, Path):
-        return _of_samples(config, config.samples)
+    samples = config.samples
+    if isinstance(samples, Path):
+        return _of_samples(config, samples)
     if config.student is None or config.trajectories is None:
         missing = "student" if config.student is None else "trajectories"
         raise ValueError(
@@ -174,7 +175,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )
     student, trained = load_student(config.student)
     store = TrajectoryStore(config.trajectories)
-    count = len(store) if config.samples is None else config.samples
+    count = len(store) if samples is None else samples
     if not FEWEST <= count <= len(store):
         raise ValueError(
             f"evaluate: samples is {count}, accepted are {FEWEST}..{len(store)}, what {store.folder} holds"
