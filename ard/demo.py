@@ -169,7 +169,7 @@ def _demo(config: DemoConfig, teacher: DiT, diffusion: Diffusion, began: float) 
     reports = {name: points[-1] for name, points in curves.items()}
     for name, folder in embedded.items():
         target = config.out / "embedded" / folder.name
-        reports[name] = evaluate(EvaluateConfig(folder, held_out, target, precision=config.precision))
+        reports[name] = evaluate(EvaluateConfig(folder, held_out, out=target, precision=config.precision))
 
     folders = {**{name: run / "student" for name, run in runs.items()}, **embedded}
     students = {name: load_student(folder)[0] for name, folder in folders.items()}

@@ -4,8 +4,8 @@ the teacher from the same noise."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,19 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ard.adm_reference import write_adm_reference
 from ard.assets import ASSETS
 from ard.checkpoints import (
     CONFIG,
     WEIGHTS,
-    described,
     load_student,
-    load_weights,
     read_json,
-    read_metadata,
     read_tensors,
     replacing,
     save_student,
-    sha256,
     write_json,
     write_tensors,
 )
@@ -41,185 +38,19 @@ from ard.data import (
     to_uint8,
 )
 from ard.encoding import decode, load_decoder
+from ard.features import BATCH, Extractor, Statistics, check_reference, extract, extractor_of
+from ard.metrics import NEIGHBOURS, frechet_distance, precision_recall
 from ard.models.classifier import Classifier
 from ard.pictures import image_grid, save_png
 from ard.precision import Precision, PrecisionConfig, computing, settled
 from ard.runs import Run, checkpoints, plain, versions
+from ard.samples_evaluation import evaluate_samples, print_samples_report
 from ard.sampling import check_finite, sample
 from ard.shards import worker_device
 from ard.training import Batch, Optimisation, accelerator_for, fit, image_batches, settled_options
 from ard.trajectories import TrajectoryStore
 
-# Neighbours of a point whose farthest gives its radius: Kynkaanniemi et al., arXiv 1904.06991, section 3.
-_NEIGHBOURS = 3
-FEWEST = _NEIGHBOURS + 1  # samples that can be evaluated
-# Images that a feature network sees at once: the largest of Inception's activations is 5.5 MB an image.
-_BATCH = 250
-
-
-@dataclass(frozen=True)
-class Extractor:
-    """Features of images: a name for reports, and (n, C, h, w) uint8 -> (n, d).
-
-    Where the network is a classifier of the labels as well: `classes`, (n, C, h, w) uint8 -> (n,) int64.
-    """
-
-    name: str
-    features: Callable[[Tensor], Tensor]
-    classes: Callable[[Tensor], Tensor] | None = None
-    channels: tuple[int, ...] = (1, 3)
-    """Of the images that it takes."""
-    size: tuple[int, int] | None = None
-    """Height and width of them; None: any."""
-    network: str = ""
-    """sha256 of its weights: distances between features of different networks say nothing."""
-
-
-def extractor_of(classifier: Path, inception: Path | None) -> Extractor:
-    """Of Inception weights where they are given, else of a classifier."""
-    return classifier_extractor(classifier) if inception is None else inception_extractor(inception)
-
-
-def load_classifier(folder: Path) -> Classifier:
-    """The classifier of a folder, in evaluation mode."""
-    with described(folder, ["Classifier"], "Classifier") as description:
-        model = Classifier(**description["config"])
-    load_weights(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
-    return model.eval().requires_grad_(False)
-
-
-def classifier_extractor(folder: Path) -> Extractor:
-    """Features of the embedded (or another) classifier. Not the Inception of FID: name it for what it is."""
-    device = worker_device()
-    model = load_classifier(folder).to(device)
-    return Extractor(
-        "Fashion-MNIST classifier, 64 features",
-        lambda images: model.features(images.to(device).float() / 127.5 - 1).cpu(),
-        lambda images: model(images.to(device).float() / 127.5 - 1).argmax(1).cpu(),
-        channels=(1,),
-        size=(28, 28),
-        network=sha256(folder / WEIGHTS),
-    )
-
-
-def inception_extractor(weights: Path) -> Extractor:
-    """FID's Inception, through torch-fidelity, from a local file of its weights
-    (pt_inception-2015-12-05-*.pth)."""
-    if not weights.is_file():
-        raise FileNotFoundError(f"{weights}: no such file; wanted are torch-fidelity's Inception weights")
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
-        raise ValueError(
-            f"Inception features need the extra `eval` (pip install '.[eval]' in the repository): {error}"
-        ) from None
-    device = worker_device()
-    model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights)).eval().to(device)
-
-    def features(images: Tensor) -> Tensor:
-        colour = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-        (values,) = model(colour.to(device))
-        return values.cpu()  # type: ignore[no-any-return]
-
-    return Extractor("Inception (torch-fidelity), 2048 features", features, network=sha256(weights))
-
-
-@torch.no_grad()
-def extract(extractor: Extractor, images: Tensor, batch: int = _BATCH) -> Tensor:
-    """Features (n, d) float32 of images (n, C, h, w) uint8."""
-    return torch.cat([extractor.features(part).float() for part in images.split(batch)])
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Reference data in some feature space: moments (float64) of all of it, and the features of a part of
-    it."""
-
-    mean: Tensor
-    covariance: Tensor
-    features: Tensor
-    network: str = ""
-    """Of the extractor."""
-
-    @classmethod
-    def of(cls, features: Tensor, keep: int, network: str = "") -> Statistics:
-        return cls.of_parts(features.split(4096), keep, network)
-
-    @classmethod
-    def of_parts(cls, parts: Iterable[Tensor], keep: int, network: str = "") -> Statistics:
-        """Of features that come in parts (n, d), of which no more than `keep` stay in memory.
-
-        Two parts' moments make those of both (Chan et al., Updating formulae and a pairwise algorithm for
-        computing sample variances, 1979).
-        """
-        count, mean, scatter, kept = 0, torch.zeros(()), torch.zeros(()), []
-        for part in parts:
-            wide = part.double()
-            own = wide.mean(0)
-            step, total = own - mean, count + len(part)
-            centred = wide - own
-            scatter = scatter + centred.T @ centred + torch.outer(step, step) * (count * len(part) / total)
-            mean, count = mean + step * (len(part) / total), total
-            if keep > 0:
-                kept.append(part[:keep])
-                keep -= len(kept[-1])
-        return cls(mean, scatter / (count - 1), torch.cat(kept) if kept else part[:0], network)
-
-    def save(self, path: Path, extractor: str) -> None:
-        tensors = {"mean": self.mean, "covariance": self.covariance, "features": self.features.half()}
-        # In one entry: safetensors writes several in an order that changes.
-        write_tensors(path, tensors, {"extractor": f"{extractor}; sha256:{self.network}"})
-
-    @classmethod
-    def load(cls, path: Path) -> Statistics:
-        tensors = read_tensors(path)
-        if set(tensors) != {"mean", "covariance", "features"}:
-            raise ValueError(f"{path}: holds {sorted(tensors)}, accepted are mean, covariance and features")
-        network = read_metadata(path).get("extractor", "").rpartition("sha256:")[2]
-        moments = (tensors["mean"].double(), tensors["covariance"].double())
-        return cls(*moments, tensors["features"].float(), network)
-
-
-def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), in float64 (Heusel et al., arXiv 1706.08500, equation
-    6).
-
-    (A B)^(1/2) has the eigenvalues of (A^(1/2) B A^(1/2))^(1/2), which is symmetric.
-    """
-    values, vectors = torch.linalg.eigh(cov_a.double())
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b.double() @ root).clamp_min(0).sqrt().sum()
-    shift = (mean_a.double() - mean_b.double()).square().sum()
-    return float(shift + cov_a.double().trace() + cov_b.double().trace() - 2 * cross)
-
-
-def _covered(points: Tensor, manifold: Tensor) -> float:
-    """Share of `points` within the radius of a point of `manifold`, its distance to its third-nearest
-    neighbour."""
-    radii = torch.cat(
-        [torch.cdist(part, manifold).kthvalue(_NEIGHBOURS + 1)[0] for part in manifold.split(1000)]
-    )
-    inside = [(torch.cdist(part, manifold) <= radii).any(1) for part in points.split(1000)]
-    return float(torch.cat(inside).float().mean())
-
-
-def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
-    """k-nearest-neighbour precision and recall (arXiv 1904.06991) of features (n, d), on equally many of
-    both."""
-    n = min(len(generated), len(real))
-    return _covered(generated[:n], real[:n]), _covered(real[:n], generated[:n])
-
-
-def _check_reference(features: Tensor, extractor: Extractor, reference: Statistics) -> None:
-    if features.shape[1] != len(reference.mean):
-        problem = f"makes {features.shape[1]} features, the reference has {len(reference.mean)}"
-    elif extractor.network != reference.network:
-        problem = "is another network than the reference was made with"
-    else:
-        return
-    raise ValueError(
-        f"evaluate: {extractor.name} {problem}; make one in the same features with `ard statistics`"
-    )
+FEWEST = NEIGHBOURS + 1  # samples that can be evaluated
 
 
 def image_metrics(images: Tensor, extractor: Extractor, reference: Statistics) -> dict[str, float]:
@@ -228,9 +59,10 @@ def image_metrics(images: Tensor, extractor: Extractor, reference: Statistics) -
 
 
 def _metrics(features: Tensor, extractor: Extractor, reference: Statistics) -> dict[str, float]:
-    _check_reference(features, extractor, reference)
+    check_reference(features, extractor, reference)
     own = Statistics.of(features, 0)
-    precision, recall = precision_recall(features, reference.features)
+    count = min(len(features), len(reference.features))  # of both: fewer cover more
+    precision, recall = precision_recall(features[:count], reference.features[:count])
     distance = frechet_distance(own.mean, own.covariance, reference.mean, reference.covariance)
     return {"frechet": distance, "precision": precision, "recall": recall, "samples": len(features)}
 
@@ -253,7 +85,7 @@ class Judged:
             self._first.append(images)
         self._features.append(extract(self._extractor, images))
         if self._extractor.classes is not None:
-            found = torch.cat([self._extractor.classes(part) for part in images.split(_BATCH)])
+            found = torch.cat([self._extractor.classes(part) for part in images.split(BATCH)])
             self._right += int((found == labels).sum())
 
     @property
@@ -273,16 +105,21 @@ class Judged:
 @dataclass(frozen=True)
 class EvaluateConfig(PrecisionConfig):
     """Evaluate a student on recorded trajectories that it was not trained on (`ard record` with another
-    seed)."""
+    seed), or the images of a file.
 
-    student: Path
+    For an FID that compares with published ones: --samples samples.npz --inception FILE --reference
+    VIRTUAL_imagenet256_labeled.npz.
+    """
+
+    student: Path | None = None
     """Folder of the student."""
-    trajectories: Path
+    trajectories: Path | None = None
     """Store of held-out trajectories: the noise to start from, and the teacher's results from it."""
-    out: Path
-    """Folder of the report: evaluation.json and samples.png."""
-    samples: int | None = None
-    """How many of the trajectories; default: all."""
+    out: Path = field(kw_only=True)
+    """Folder of the report: evaluation.json, and samples.png of a student."""
+    samples: int | Path | None = None
+    """Of a student, how many of the trajectories; default: all. Instead of a student, an .npz file of images
+    (`ard sample`): arr_0, (n, h, w, 1 or 3) uint8."""
     batch_size: int = 100
     """Samples per pass."""
     vae: Path | None = None
@@ -290,16 +127,56 @@ class EvaluateConfig(PrecisionConfig):
     classifier: Path = ASSETS / "classifier"
     """Folder of the classifier whose features are used."""
     inception: Path | None = None
-    """Use Inception features instead, from this local weights file of torch-fidelity."""
+    """Use Inception features instead, from this local file of its weights
+    (pt_inception-2015-12-05-6726825d.pth)."""
     reference: Path = ASSETS / "statistics.safetensors"
-    """Statistics of real images in the same features (`ard statistics`)."""
+    """Statistics of real images in the same features (`ard statistics`). With --samples FILE also an .npz of
+    ADM's evaluation suite."""
+
+
+# Options that mean something where the images of a file are evaluated.
+_OF_SAMPLES = {"samples", "out", "batch_size", "classifier", "inception", "reference"}
+
+
+def _of_samples(config: EvaluateConfig, samples: Path) -> dict[str, Any]:
+    for option in fields(config):
+        if option.name not in _OF_SAMPLES and getattr(config, option.name) != option.default:
+            raise ValueError(
+                f"evaluate: {option.name} is {getattr(config, option.name)}, accepted with --samples FILE "
+                f"are {', '.join(sorted(_OF_SAMPLES))}"
+            )
+    check_counts("evaluate", batch_size=config.batch_size)
+    check_folder("evaluate", config.out)
+    extractor = extractor_of(config.classifier, config.inception)
+    report = {
+        **evaluate_samples(samples, config.reference, extractor, config.batch_size),
+        "config": plain(replace(config, precision="no")),  # feature networks compute in float32
+        "versions": versions(),
+    }
+    write_json(config.out / "evaluation.json", report)
+    return report
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """The report, which is also written to the folder `out`."""
+    samples = config.samples
+    if isinstance(samples, Path):
+        return _of_samples(config, samples)
     config = replace(config, precision=settled(config.precision, worker_device())[0])
+    if config.student is None or config.trajectories is None:
+        missing = "student" if config.student is None else "trajectories"
+        raise ValueError(
+            f"evaluate: {missing} is not given; accepted are --student FOLDER with --trajectories FOLDER, or "
+            "--samples FILE"
+        )
+    if config.reference.suffix == ".npz":
+        raise ValueError(
+            f"evaluate: reference is {config.reference}, accepted with --student is a .safetensors file of "
+            "`ard statistics`; --samples FILE takes an .npz"
+        )
     student, trained = load_student(config.student)
     store = TrajectoryStore(config.trajectories)
-    count = len(store) if config.samples is None else config.samples
+    count = len(store) if samples is None else samples
     if not FEWEST <= count <= len(store):
         raise ValueError(
             f"evaluate: samples is {count}, accepted are {FEWEST}..{len(store)}, what {store.folder} holds"
@@ -325,7 +202,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             f"evaluate: the student's images have size {(*one.shape[2:],)}, {extractor.name} takes "
             f"{extractor.size}"
         )
-    _check_reference(extract(extractor, one), extractor, reference)
+    check_reference(extract(extractor, one), extractor, reference)
     student.to(device)
     seen = {"student": Judged(extractor), "teacher": Judged(extractor)}
     errors = torch.zeros(student.steps, dtype=torch.float64)
@@ -371,12 +248,14 @@ def evaluate_checkpoints(run: Path, held_out: Path, precision: Precision = "auto
         if not report.exists() or read_json(report)["config"]["trajectories"] != str(held_out):
             weights = {**student.state_dict(), **read_tensors(folder / "ema.safetensors")}
             save_student(target / "student", student, trained, weights)
-            evaluate(EvaluateConfig(target / "student", held_out, target, precision=precision))
+            evaluate(EvaluateConfig(target / "student", held_out, out=target, precision=precision))
         points.append({"step": step, **read_json(report)})
     return points
 
 
 def print_report(report: dict[str, Any]) -> None:
+    if "student" not in report:
+        return print_samples_report(report)
     print(f"features: {report['features']}; samples: {report['student']['samples']}")
     print(f"{'':10}{'Frechet':>10}{'precision':>11}{'recall':>8}{'consistency':>13}")
     for name in ("teacher", "student"):
@@ -453,7 +332,7 @@ class StatisticsConfig:
     """Compute statistics of real images for `ard evaluate`: of a data set's, or of a folder of images."""
 
     out: Path
-    """The .safetensors file to write."""
+    """The .safetensors file to write. With --images and --inception also an .npz as in ADM's suite."""
     dataset: Dataset = "fashion-mnist"
     """The images: moments over the training images, and the distance of the test images from them as a
     check."""
@@ -466,41 +345,51 @@ class StatisticsConfig:
     classifier: Path = ASSETS / "classifier"
     """Folder of the classifier whose features are used."""
     inception: Path | None = None
-    """Use Inception features instead, from this local weights file of torch-fidelity."""
+    """Use Inception features instead, from this local file of its weights
+    (pt_inception-2015-12-05-6726825d.pth)."""
     keep: int = 5000
-    """How many images' features are kept, for precision and recall."""
+    """How many images' features (in an .npz: images) are kept, for precision and recall."""
 
 
 def _check_folder(images: ImageFolder, extractor: Extractor) -> None:
-    if len(images) <= _NEIGHBOURS:
-        raise ValueError(f"statistics: images has {len(images)}, accepted are more than {_NEIGHBOURS}")
+    if len(images) <= NEIGHBOURS:
+        raise ValueError(f"statistics: images has {len(images)}, accepted are more than {NEIGHBOURS}")
     if extractor.size not in (None, images.shape[1:]):
         raise ValueError(
             f"statistics: size is {images.shape[1]}, accepted by {extractor.name} is {extractor.size[0]}"
         )
 
 
-def _folder_features(images: ImageFolder, extractor: Extractor) -> Iterator[Tensor]:
-    """(n, d), in a random order, which is always the same: what is kept of them is of all classes."""
+def _parts(images: ImageFolder) -> Iterator[Tensor]:
+    """(n, C, h, w) uint8, in a random order, which is always the same: what is kept is of all classes."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     with tqdm(total=len(images), desc="statistics", unit="image", mininterval=1.0) as bar:
-        for indices in order.split(_BATCH):
+        for indices in order.split(BATCH):
             pixels, _ = images.fetch(indices, torch.zeros(len(indices), dtype=torch.bool))
-            yield extract(extractor, to_uint8(pixels))
+            yield to_uint8(pixels)
             bar.update(len(indices))
 
 
 def statistics(config: StatisticsConfig) -> None:
-    if config.keep <= _NEIGHBOURS:
-        raise ValueError(f"statistics: keep is {config.keep}, accepted is an integer > {_NEIGHBOURS}")
-    if config.out.suffix != ".safetensors":  # by which `ard evaluate` reads it
-        raise ValueError(f"statistics: out is {config.out}, accepted is the name of a .safetensors file")
+    if config.keep <= NEIGHBOURS:
+        raise ValueError(f"statistics: keep is {config.keep}, accepted is an integer > {NEIGHBOURS}")
+    adm = config.out.suffix == ".npz" and config.images is not None and config.inception is not None
+    if config.out.suffix != ".safetensors" and not adm:  # by which `ard evaluate` reads it
+        raise ValueError(
+            f"statistics: out is {config.out}, accepted is the name of a .safetensors file, with --images "
+            "and --inception also of an .npz file"
+        )
     extractor = extractor_of(config.classifier, config.inception)
     if config.images is not None:
         images = ImageFolder(config.images, config.size, max(extractor.channels))
         _check_folder(images, extractor)
-        features = _folder_features(images, extractor)
-        Statistics.of_parts(features, config.keep, extractor.network).save(config.out, extractor.name)
+        if adm:
+            channels, height, width = images.shape
+            shape = (min(config.keep, len(images)), height, width, channels)
+            write_adm_reference(config.out, _parts(images), shape, extractor)
+        else:
+            features = (extract(extractor, part) for part in _parts(images))
+            Statistics.of_parts(features, config.keep, extractor.network).save(config.out, extractor.name)
         print(f"statistics: {config.out} ({len(images)} images)")
         return
     train, test = (to_uint8(load_images(config.dataset, t, config.data).pixels) for t in (True, False))

@@ -26,7 +26,8 @@ from tqdm import trange
 from ard.assets import ASSETS
 from ard.checkpoints import load_student
 from ard.data import load_images, to_uint8
-from ard.evaluation import frechet_distance, load_classifier
+from ard.features import load_classifier
+from ard.metrics import frechet_distance
 from ard.sampling import sample
 from ard.trajectories import TrajectoryStore
 from benchmarks.common import RESULTS, environment, write_json

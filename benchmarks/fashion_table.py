@@ -33,12 +33,8 @@ from ard.checkpoints import load_teacher, read_json, write_json, write_text
 from ard.costs import dit_macs, student_macs
 from ard.data import to_uint8
 from ard.diffusion import guided
-from ard.evaluation import (
-    Judged,
-    Statistics,
-    classifier_extractor,
-    evaluate_checkpoints,
-)
+from ard.evaluation import Judged, evaluate_checkpoints
+from ard.features import Statistics, classifier_extractor
 from ard.finetuning import FinetuneConfig, finetune
 from ard.models import ARDTransformer
 from ard.sampling import sample

@@ -14,7 +14,6 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from tiny import TINY, tiny_teacher
-from torch import Tensor
 
 import ard
 from ard.assets import ASSETS
@@ -23,51 +22,20 @@ from ard.data import load_images, to_uint8
 from ard.diffusion import Diffusion
 from ard.evaluation import (
     EvaluateConfig,
-    Extractor,
     Judged,
-    Statistics,
     StatisticsConfig,
     TrainClassifierConfig,
-    classifier_extractor,
     evaluate,
-    extract,
-    frechet_distance,
     image_metrics,
-    inception_extractor,
-    load_classifier,
-    precision_recall,
     print_report,
     statistics,
     train_classifier,
 )
+from ard.features import Extractor, Statistics, classifier_extractor, extract, load_classifier
+from ard.metrics import precision_recall
 from ard.models import ARDTransformer, DiT
 from ard.training import Optimisation
 from ard.trajectories import RecordConfig, TrajectoryStore, record
-
-
-def _covariance(d: int, seed: int, rank: int | None = None) -> Tensor:
-    factor = torch.randn(d, rank or 2 * d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return factor @ factor.T / factor.shape[1]
-
-
-def test_frechet_distance_of_gaussians_along_the_axes() -> None:
-    """|difference of means|^2 + sum of (difference of standard deviations)^2."""
-    a, b = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([4.0, 4.0, 0.0])
-    means = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 6.0])
-    assert frechet_distance(means[0], a.diag(), means[1], b.diag()) == pytest.approx(0 + 4 + 9 + 1 + 0 + 9)
-
-
-@pytest.mark.parametrize("rank", [None, 3])
-def test_frechet_distance_of_any_gaussians(rank: int | None) -> None:
-    """tr (A B)^(1/2) by the eigenvalues of A B itself; also where a covariance is singular (few samples)."""
-    zero, a, b = torch.zeros(8, dtype=torch.float64), _covariance(8, 0, rank), _covariance(8, 1)
-    cross = torch.linalg.eigvals(a @ b).real.clamp_min(0).sqrt().sum()
-    expected = float(a.trace() + b.trace() - 2 * cross)
-    # The square root of an eigenvalue that should be 0 is that of a rounding error.
-    tolerance = 1e-10 if rank is None else 1e-6
-    assert frechet_distance(zero, a, zero, b) == pytest.approx(expected, rel=tolerance)
-    assert frechet_distance(zero, b, zero, a) == pytest.approx(expected, rel=tolerance)
-    assert frechet_distance(zero, a, zero, a) == pytest.approx(0, abs=1e-6)
 
 
 def test_moments_are_those_of_the_samples() -> None:
@@ -88,33 +56,6 @@ def test_moments_of_parts_are_those_of_the_whole() -> None:
     assert Statistics.of_parts([features], keep=0).features.shape == (0, 4)
 
 
-def _brute(generated: Tensor, real: Tensor) -> float:
-    distances = [sorted(float((a - b).norm()) for b in real) for a in real]
-    radii = [row[3] for row in distances]  # row[0] is the point itself
-    inside = [any((g - r).norm() <= radius for r, radius in zip(real, radii, strict=True)) for g in generated]
-    return sum(inside) / len(inside)
-
-
-def test_precision_and_recall_on_known_cases() -> None:
-    real = torch.arange(20.0).unsqueeze(1) * torch.ones(1, 2)
-    assert precision_recall(real, real) == (1, 1)
-    assert precision_recall(real + 1000, real) == (0, 0)
-    # All generated samples in one place: all of them are realistic; the manifold of a point is the point.
-    collapsed = real[7:8].expand(20, 2)
-    assert precision_recall(collapsed, real) == pytest.approx((1, 1 / 20))
-    half = torch.cat([real[:10], real[10:] + 1000])
-    assert precision_recall(half, real)[0] == pytest.approx(0.5)
-
-
-def test_precision_and_recall_are_the_definition() -> None:
-    generator = torch.Generator().manual_seed(0)
-    real, generated = torch.randn(60, 3, generator=generator), 0.5 + torch.randn(40, 3, generator=generator)
-    assert precision_recall(generated, real) == pytest.approx(
-        (_brute(generated, real[:40]), _brute(real[:40], generated))
-    )
-    assert 0 < _brute(generated, real[:40]) < 1
-
-
 def test_any_extractor_will_do() -> None:
     """Features that are two pixels of uint8 images: the distance is that of those pixels."""
     extractor = Extractor("two pixels", lambda images: images[:, 0, 0, :2].float())
@@ -125,13 +66,12 @@ def test_any_extractor_will_do() -> None:
     assert report == {"frechet": pytest.approx(0, abs=1e-4), "precision": 1, "recall": 1, "samples": 400}
     moved = Statistics.of(features + torch.tensor([3.0, 4.0]), 400)
     assert image_metrics(images, extractor, moved)["frechet"] == pytest.approx(25, rel=1e-4)
+    report = image_metrics(images[:50], extractor, moved)  # against as many of the reference's
+    wanted = precision_recall(features[:50], moved.features[:50])
+    assert (report["precision"], report["recall"]) == wanted
+    assert wanted != precision_recall(features[:50], moved.features)
     with pytest.raises(ValueError, match="two pixels makes 2 features, the reference has 3"):
         image_metrics(images, extractor, Statistics.of(torch.randn(9, 3), 9))
-
-
-def test_inception_weights_are_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="wanted are torch-fidelity's Inception weights"):
-        inception_extractor(tmp_path / "none.pth")
 
 
 def test_class_consistency_of_real_images_is_the_accuracy() -> None:
@@ -178,7 +118,9 @@ def test_a_report_says_what_the_student_does(recording: RecordConfig, student: P
     held_out = replace(recording, out=tmp_path / "held-out", seed=1, samples=16)
     record(held_out)
     report = evaluate(
-        EvaluateConfig(student, held_out.out, tmp_path / "report", samples=10, batch_size=4, precision="no")
+        EvaluateConfig(
+            student, held_out.out, out=tmp_path / "report", samples=10, batch_size=4, precision="no"
+        )
     )
     model, _ = load_student(student)
     store = TrajectoryStore(held_out.out)
@@ -197,12 +139,12 @@ def test_a_report_says_what_the_student_does(recording: RecordConfig, student: P
     assert not report["trained_with_the_same_noise"]
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"evaluation.json", "samples.png"}
 
-    again = evaluate(EvaluateConfig(student, recording.out, tmp_path / "same", samples=4))
+    again = evaluate(EvaluateConfig(student, recording.out, out=tmp_path / "same", samples=4))
     assert again["trained_with_the_same_noise"]
     # A student trained elsewhere may not know its noise.
     del model.trajectories["seed"]
     model.save_pretrained(tmp_path / "elsewhere")
-    again = evaluate(EvaluateConfig(tmp_path / "elsewhere", recording.out, tmp_path / "third", samples=4))
+    again = evaluate(EvaluateConfig(tmp_path / "elsewhere", recording.out, out=tmp_path / "third", samples=4))
     assert not again["trained_with_the_same_noise"]
 
 
@@ -212,7 +154,7 @@ def test_seconds_are_those_of_a_usual_batch(
     """In the first one kernels are compiled: on a GPU that is most of a short evaluation."""
     clock = iter([0.0, 80.0, 100.0, 100.4, 200.0, 200.8])
     monkeypatch.setattr("ard.evaluation.time.perf_counter", lambda: next(clock))
-    config = EvaluateConfig(student, recording.out, tmp_path / "report", samples=12, batch_size=4)
+    config = EvaluateConfig(student, recording.out, out=tmp_path / "report", samples=12, batch_size=4)
     assert evaluate(config)["seconds_per_sample"] == pytest.approx(0.2)
 
 
@@ -241,12 +183,12 @@ def test_classifier_and_statistics_of_ones_own(
     statistics(StatisticsConfig(reference, data=data, classifier=out / "classifier", keep=30))
     assert Statistics.load(reference).features.shape == (30, 64)
     report = evaluate(EvaluateConfig(
-        student, recording.out, tmp_path / "report", samples=8, classifier=out / "classifier",
+        student, recording.out, out=tmp_path / "report", samples=8, classifier=out / "classifier",
         reference=reference
     ))  # fmt: skip
     assert np.isfinite(report["student"]["frechet"])
     with pytest.raises(ValueError, match="is another network than the reference was made with; make one"):
-        evaluate(EvaluateConfig(student, recording.out, tmp_path / "embedded", reference=reference))
+        evaluate(EvaluateConfig(student, recording.out, out=tmp_path / "embedded", reference=reference))
     assert not (tmp_path / "embedded").exists()
 
 
@@ -258,7 +200,7 @@ def test_a_student_of_another_size_is_refused_before_it_samples(tmp_path: Path) 
     student = ARDTransformer.from_teacher(teacher, history_layers=2)
     save_student(tmp_path / "student", student, store.summary(store.grid(4), "x0"))
     with pytest.raises(ValueError, match=r"images have size \(14, 14\), .* takes \(28, 28\)"):
-        evaluate(EvaluateConfig(tmp_path / "student", store.folder, tmp_path / "report"))
+        evaluate(EvaluateConfig(tmp_path / "student", store.folder, out=tmp_path / "report"))
     assert not (tmp_path / "report").exists()
 
 
@@ -269,7 +211,7 @@ def test_a_student_of_another_teacher_is_refused(
     other = replace(recording, teacher=tmp_path / "teacher", out=tmp_path / "store", samples=8)
     record(other)
     with pytest.raises(ValueError, match="was recorded from another teacher than that of"):
-        evaluate(EvaluateConfig(student, other.out, tmp_path / "report"))
+        evaluate(EvaluateConfig(student, other.out, out=tmp_path / "report"))
     assert not (tmp_path / "report").exists()
 
 
@@ -279,14 +221,14 @@ def test_a_student_of_other_steps_than_it_says_is_refused(
     model, trained = load_student(student)
     save_student(tmp_path / "student", model, {**trained, "grid": [25, 0]})
     with pytest.raises(ValueError, match=r"states at positions \[25, 0\], accepted are 5 of them"):
-        evaluate(EvaluateConfig(tmp_path / "student", recording.out, tmp_path / "report"))
+        evaluate(EvaluateConfig(tmp_path / "student", recording.out, out=tmp_path / "report"))
 
 
 def test_a_report_says_that_the_student_was_trained_on_the_noise(
     recording: RecordConfig, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = "these are not held-out samples"
-    report = evaluate(EvaluateConfig(student, recording.out, tmp_path / "report"))
+    report = evaluate(EvaluateConfig(student, recording.out, out=tmp_path / "report"))
     print_report(report)
     assert said in capsys.readouterr().out
     print_report({**report, "trained_with_the_same_noise": False})
@@ -310,7 +252,7 @@ def test_latents_are_judged_as_the_images_that_they_stand_for(
 ) -> None:
     """Statistics of a folder of images, and a student with its VAE, in some network's features."""
     means = Extractor("means", lambda images: images.float().mean((2, 3)), channels=(3,), network="m")
-    monkeypatch.setattr("ard.evaluation.inception_extractor", lambda _: means)
+    monkeypatch.setattr("ard.features.inception_extractor", lambda _: means)
     torch.manual_seed(0)
     colours = torch.randint(0, 256, (30, 3), dtype=torch.uint8)
     for i, colour in enumerate(colours):
@@ -334,7 +276,7 @@ def test_latents_are_judged_as_the_images_that_they_stand_for(
     vae.save_pretrained(tmp_path / "vae")
     student, store = _latents(tmp_path, 25)
     config = EvaluateConfig(
-        tmp_path / "student", store.folder, tmp_path / "report", batch_size=10, vae=tmp_path / "vae",
+        tmp_path / "student", store.folder, out=tmp_path / "report", batch_size=10, vae=tmp_path / "vae",
         inception=Path(), reference=reference,
     )  # fmt: skip
     report = evaluate(config)
@@ -360,5 +302,5 @@ def test_a_student_of_latents_is_refused_before_it_samples(
     _latents(tmp_path, 8)
     monkeypatch.setattr("ard.evaluation.sample", lambda *_: pytest.fail("it sampled"))
     with pytest.raises(ValueError, match=r"images have 4 channels, Fashion-MNIST .* takes 1; .* --vae"):
-        evaluate(EvaluateConfig(tmp_path / "student", tmp_path / "store", tmp_path / "report"))
+        evaluate(EvaluateConfig(tmp_path / "student", tmp_path / "store", out=tmp_path / "report"))
     assert not (tmp_path / "report").exists()

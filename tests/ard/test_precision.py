@@ -41,7 +41,7 @@ _COMMANDS: dict[str, Command] = {
         sampling.SampleConfig(student, out, samples=4, precision=p)
     ),
     "evaluate": lambda p, recording, student, out: evaluate(
-        EvaluateConfig(student, recording.out, out, samples=4, precision=p)
+        EvaluateConfig(student, recording.out, out=out, samples=4, precision=p)
     ),
     "diagnose": lambda p, recording, student, out: diagnose(
         DiagnoseConfig((student,), recording.out, out, samples=4, precision=p)

@@ -134,7 +134,7 @@ def test_a_student_that_predicts_nan_is_refused(
     with pytest.raises(ValueError, match="broken: the student's predictions are not finite"):
         run(SampleConfig(tmp_path / "broken", tmp_path / "samples", samples=4))
     with pytest.raises(ValueError, match="broken: the student's predictions are not finite"):
-        evaluate(EvaluateConfig(tmp_path / "broken", recording.out, tmp_path / "report"))
+        evaluate(EvaluateConfig(tmp_path / "broken", recording.out, out=tmp_path / "report"))
     assert not (tmp_path / "samples").exists()
     assert not (tmp_path / "report").exists()
 
