@@ -33,7 +33,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[Path, Finetune
         seen[config.out] = config
 
     monkeypatch.setattr(gan_options, "finetune", finetune)
-    monkeypatch.setattr(gan_options, "evaluate_checkpoints", lambda run, _: _evaluated(run, (1, 2), 7))
+    monkeypatch.setattr(gan_options, "evaluate_checkpoints", lambda run, *_, **__: _evaluated(run, (1, 2), 7))
     monkeypatch.setattr(fashion_table, "ProcessPoolExecutor", lambda jobs, _: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(gan_options.torch, "set_num_threads", lambda _: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # and as it was afterwards
@@ -57,7 +57,7 @@ def test_each_run_differs_from_the_tables_in_its_options_alone(
     _run(tmp_path, monkeypatch)
     # The table's run, as it trains it.
     monkeypatch.setattr(fashion_table, "finetune", lambda config: runs.setdefault(Path("table"), config))
-    monkeypatch.setattr(fashion_table, "evaluate_checkpoints", lambda *_: None)
+    monkeypatch.setattr(fashion_table, "evaluate_checkpoints", lambda *_, **__: None)
     monkeypatch.setattr(fashion_table.torch, "set_num_threads", lambda _: None)
     fashion_table._train(fashion_table.TableConfig(tmp_path / "table"), gan_options._ROW, 0)
     table = dataclasses.asdict(runs.pop(Path("table")))
