@@ -281,7 +281,7 @@ def fit(
                 for group, tensors in groups.items():
                     check_finite(
                         f"{run.folder}: {group} after step {done}", tensors,
-                        "all gradients were finite, so updates are too large: try a new run with a lower --lr",
+                        "all gradients were finite, updates are too large; try a new run with a lower --lr",
                     )  # fmt: skip
                 if accelerator.scaler is not None:
                     groups["scaler"] = _scaler_tensors(accelerator.scaler)
