@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.detach().float() if x.dtype.itemsize < 2 else x.detach()  # float8 has no minimum and no isinf
+
+
 def _is_finite(x: Tensor) -> bool:
     if not x.is_floating_point() or not x.numel():
         return True
-    wide = x.float() if x.dtype.itemsize < 2 else x  # float8 has no minimum
     # One pass that allocates nothing, and NaN is both minimum and maximum: 0.035 s for the 132 million values
     # of a DiT-S checkpoint, where isfinite().all() took 0.8 s (two cores with AVX-512).
-    return bool(torch.stack(wide.detach().aminmax()).isfinite().all())
+    return bool(torch.stack(_wide(x).aminmax()).isfinite().all())
 
 
 def check_finite(source: object, tensors: Mapping[str, Tensor], advice: str) -> None:
@@ -29,7 +32,7 @@ def check_finite(source: object, tensors: Mapping[str, Tensor], advice: str) -> 
     """
     found = [name for name, x in tensors.items() if not _is_finite(x)]
     if found:
-        x = tensors[found[0]].detach().float()
+        x = _wide(tensors[found[0]])
         nan, inf = int(x.isnan().sum()), int(x.isinf().sum())
         more = f", nor are {len(found) - 1} more tensors" if len(found) > 1 else ""
         raise ValueError(
