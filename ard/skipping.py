@@ -70,7 +70,9 @@ class Skips:
         """
         self.settle()
         device = self._accelerator.device
-        bad = torch.stack([~x.detach().isfinite().to(device) for x in (loss, *norms)]).float()
+        # The norm of a part without gradients lies on the host; a blocking copy would wait for the device.
+        finite = [x.detach().to(device, non_blocking=True).isfinite() for x in (loss, *norms)]
+        bad = (~torch.stack(finite)).float()
         bad = self._accelerator.reduce(bad, "sum") > 0  # on any process
         self._skip = bad.any().float()
         scaler = self._accelerator.scaler
