@@ -90,8 +90,8 @@ def _stop_after(out: Path, step: int) -> None:
 
 
 def _check_case(config: Any, fault: Fault, lead: bool = True) -> None:
-    """One run with one fault; once more with the same fault, from the start or from a step before or after it;
-    then for longer without it.
+    """One run with one fault; once more with the same fault, from the start or from a step before or after
+    the fault; then for longer without it.
 
     Args:
         lead: whether this process looks at the folder, as one of several.
