@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ard.checks import check_local
 from ard.diffusion import Diffusion
+from ard.finite import check_finite
 from ard.models import ARDTransformer, DiT
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -87,7 +88,8 @@ def describing(source: object, what: str) -> Iterator[None]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Tensors as safetensors; what two names share is stored twice."""
+    """Tensors as safetensors; what two names share is stored twice. One that is not finite is an error."""
+    check_finite(path, tensors, "nothing was written")
     with replacing(path) as temporary:
         # One copy each, on the host: what shares memory is refused.
         contiguous = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
@@ -178,7 +180,12 @@ def _together(names: Iterable[str]) -> str:
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """A .pt file, for code that does not read safetensors. `content`: plain data and tensors."""
+    """A .pt file, for code that does not read safetensors. `content`: plain data, tensors, and mappings of
+    names to tensors. One that is not finite is an error."""
+    for value in (content, *content.values()):
+        if isinstance(value, Mapping):
+            tensors = {name: x for name, x in value.items() if isinstance(x, Tensor)}
+            check_finite(path, tensors, "nothing was written")
     with replacing(path) as temporary:
         try:
             torch.save(content, temporary)
@@ -206,8 +213,10 @@ def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: 
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
-    """Strict: all missing, unexpected and misshapen tensors are named, and then nothing is loaded."""
+    """Strict: all missing, unexpected and misshapen tensors are named, or those that are not finite, and then
+    nothing is loaded."""
     check_fit(module.state_dict(), tensors, source)
+    check_finite(source, tensors, "accepted are finite weights")
     module.load_state_dict(dict(tensors))
 
 

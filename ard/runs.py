@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
 import re
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from ard.checkpoints import (
     write_tensors,
 )
 from ard.checks import check_local
+from ard.finite import check_finite
 from ard.locks import acquire, release
 from ard_kernels.machine import cpu_name, git
 
@@ -67,8 +69,8 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, dict[str, dict[str, Tensor]]] | None:
-    """Step and groups of tensors of a run's newest checkpoint; None if it has none. A damaged one is an
-    error."""
+    """Step and groups of tensors of a run's newest checkpoint; None if it has none. One that is damaged or
+    not finite is an error."""
     if not (found := checkpoints(folder)):
         return None
     step, path = found[-1]
@@ -82,6 +84,7 @@ def newest_checkpoint(folder: Path) -> tuple[int, dict[str, dict[str, Tensor]]] 
                 f"{file}: does not match its checksum; remove {path} to go on from an earlier one"
             )
         groups[name] = read_tensors(file)
+        check_finite(file, groups[name], f"remove {path} to go on from an earlier one")
     return step, groups
 
 
@@ -128,7 +131,8 @@ def _may_change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bo
     if name == "accumulate":
         return "gan_weight" not in old  # of whose losses each is one of its own pass
     return name in (
-        "out", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "checkpointing", "compile"
+        "out", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "checkpointing",
+        "compile", "max_skipped",
     )  # fmt: skip
 
 
@@ -229,14 +233,22 @@ class Run:
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, values: Mapping[str, float | list[float]]) -> None:
-        """One line of the log; TensorBoard gets lists as one curve an element."""
+        """One line of the log, with null for a value that is not finite; TensorBoard gets lists as one curve
+        per element."""
         if self._log is None or self._board is None:
             return
-        self._log.write(json.dumps({"step": step, **values}) + "\n")
-        self._log.flush()
+        line: dict[str, Any] = {"step": step}
         for name, value in values.items():
-            for suffix, number in [("", value)] if isinstance(value, float | int) else enumerate(value):
-                self._board.add_scalar(f"{name}{'/' if suffix != '' else ''}{suffix}", number, step)
+            curves = {name: value} if isinstance(value, float | int) else {
+                f"{name}/{i}": number for i, number in enumerate(value)
+            }  # fmt: skip
+            finite = [number if math.isfinite(number) else None for number in curves.values()]
+            line[name] = finite[0] if isinstance(value, float | int) else finite
+            for curve, number in zip(curves, finite, strict=True):
+                if number is not None:
+                    self._board.add_scalar(curve, number, step)
+        self._log.write(json.dumps(line) + "\n")
+        self._log.flush()
 
     def log_image(self, step: int, name: str, image: Tensor) -> None:
         """image (h, w) or (h, w, 3) uint8, to TensorBoard."""

@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ from ard.data import (
     shuffled,
 )
 from ard.diffusion import Diffusion, Prediction, Schedule, Solver, guided
+from ard.finite import check_finite
 from ard.losses import denoising_loss, trajectory_loss
 from ard.models import ARDTransformer, DiT
 from ard.pictures import image_grid, save_png
@@ -40,6 +42,7 @@ from ard.precision import Precision, settled, tf32
 from ard.runs import Run, begun, checkpoints, newest_checkpoint
 from ard.sampling import sample
 from ard.shards import worker_device
+from ard.skipping import Skips
 from ard.trajectories import LiveTrajectories, SolverConfig, State, Trajectories, TrajectoryStore
 from ard_kernels.layout import Mask
 
@@ -68,6 +71,9 @@ class Optimisation:
     """Decoupled weight decay."""
     clip: float = 1.0
     """Largest norm of the gradient; larger ones are scaled down. 0: none."""
+    max_skipped: int = 10
+    """A step whose loss or gradient is not finite is left out. How many in a row may be; one more stops the
+    run, and its checkpoints stay as they are."""
     ema: float = 0.9999
     """Decay of the moving average of the weights, which is what gets saved at the end. Early on it is lower,
     (1 + step) / (10 + step), so that the average forgets where it started; not in the GAN stage."""
@@ -144,7 +150,7 @@ def _load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tens
 
 def _restore(
     folder: Path, model: nn.Module, ema: _EMA, optimiser: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
+    scaler: torch.amp.GradScaler | None, skips: Skips | None = None,
 ) -> int:  # fmt: skip
     """The newest checkpoint of a run, into what is trained; its step. Nothing keeps the files open."""
     found = newest_checkpoint(folder)
@@ -155,6 +161,8 @@ def _restore(
     _load_optimiser(optimiser, groups["optimiser"])
     if scaler is not None and "scaler" in groups:  # fp16
         _load_scaler(scaler, groups["scaler"])
+    if skips is not None and "skipped" in groups:
+        skips.load(groups["skipped"])
     return step
 
 
@@ -193,22 +201,30 @@ def fit(
         initial: folder of an earlier run, from whose newest checkpoint the first part starts.
         ramp: whether the average forgets the weights that it starts from, see `Optimisation.ema`.
 
+    A step whose loss or gradient is not finite is left out on all processes, see `Skips`: the stream of
+    samples goes on, weights, averages and the optimiser stay as they are. The log counts such steps as
+    "skipped".
+
     Returns:
         The state dict of the first part with averaged weights.
+
+    Raises:
+        ValueError: more than `Optimisation.max_skipped` steps in a row were left out; an update by a finite
+            gradient overflowed; the newest checkpoint is damaged or not finite.
     """
     parts = parts or {"model": (model, 1.0)}
     trained = [[p for p in part.parameters() if p.requires_grad] for part, _ in parts.values()]
     averaged = next(iter(parts.values()))[0]
-    fused = accelerator.device.type in ("cpu", "cuda")
     optimiser: Any = torch.optim.AdamW(
         [{"params": weights} for weights in trained],
-        lr=o.lr, weight_decay=o.weight_decay, betas=(0.9, 0.999), fused=fused,
+        lr=o.lr, weight_decay=o.weight_decay, betas=(0.9, 0.999), fused=True,
     )  # fmt: skip
+    skips = Skips(run.folder, list(parts), o.max_skipped, optimiser, accelerator)
     model.to(accelerator.device)
     ema = _EMA(averaged, o.ema, ramp)
     start = 0
     if checkpoints(run.folder):
-        start = _restore(run.folder, model, ema, optimiser, accelerator.scaler)
+        start = _restore(run.folder, model, ema, optimiser, accelerator.scaler, skips)
     elif initial is not None:
         _restore(initial, averaged, ema, optimiser, accelerator.scaler)
     starts = accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist()
@@ -230,44 +246,49 @@ def fit(
             seen = _backward(accelerator, model, o, fetch, loss_of, step)
             norms = [accelerator.clip_grad_norm_(weights, o.clip or math.inf) for weights in trained]
             moved = any(p.grad is not None for p in trained[0])
+            done = step + 1
+            skips.judge(done, seen["loss"], norms, partial(ema.update, step) if moved else lambda: None)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-            if moved:
-                ema.update(step)
-            done = step + 1
             bar.update()
             logs, keeps = (
                 done % every == 0 or done == o.iterations for every in (o.log_every, o.checkpoint_every)
             )
-            if logs or keeps:  # on a GPU, reading a value waits for the step
-                seen = {name: accelerator.reduce(value, "mean") for name, value in seen.items()}
-                if not math.isfinite(total := float(seen["loss"])):
-                    raise ValueError(
-                        f"{run.folder}: the loss is {total} at step {done}; try a new run with a lower --lr "
-                        "or --clip"
-                    )
+            shows = o.sample_every and (done % o.sample_every == 0 or done == o.iterations)
+            if logs or keeps or shows:  # on a GPU, reading a value waits for the step
+                skips.settle()
             if logs:
-                bar.set_postfix(loss=f"{total:.4f}")
+                seen = {name: accelerator.reduce(value, "mean") for name, value in seen.items()}
+                bar.set_postfix(loss=f"{float(seen['loss']):.4f}")
                 named = zip(parts, norms, strict=True)
                 run.log(done, {
                     **{name: value.tolist() for name, value in seen.items()},
                     **{"norm" if i == 0 else f"norm_{n}": float(v) for i, (n, v) in enumerate(named)},
                     "lr": learning_rate(o, step),
+                    **({"skipped": skips.total} if skips.total else {}),
                 })  # fmt: skip
-            shows = o.sample_every and (done % o.sample_every == 0 or done == o.iterations)
             if preview is not None and run.main and shows:
                 picture = _with_weights(averaged, ema, preview)
                 save_png(run.folder / "samples" / f"step-{done:08d}.png", picture)
                 run.log_image(done, "samples", picture)
-            if run.main and keeps:
+            if keeps:
                 groups = {
                     "model": bare.state_dict(),
                     "ema": ema.average,
                     "optimiser": _optimiser_tensors(optimiser),
                 }
+                # By every process, so that all stop.
+                for group, tensors in groups.items():
+                    check_finite(
+                        f"{run.folder}: {group} after step {done}", tensors,
+                        "all gradients were finite, updates are too large; try a new run with a lower --lr",
+                    )  # fmt: skip
                 if accelerator.scaler is not None:
                     groups["scaler"] = _scaler_tensors(accelerator.scaler)
-                run.save_checkpoint(done, groups, o.keep_checkpoints)
+                if counts := skips.state():
+                    groups["skipped"] = counts
+                if run.main:
+                    run.save_checkpoint(done, groups, o.keep_checkpoints)
     accelerator.wait_for_everyone()
     return ema.state(averaged)
 
@@ -330,6 +351,8 @@ def accelerator_for(o: Optimisation, unused: bool = False) -> Accelerator:
             raise ValueError(f"{name} is {getattr(o, name)}, accepted is a finite number >= 0")
     if not 0 <= o.ema < 1:
         raise ValueError(f"ema is {o.ema}, accepted is a decay in [0, 1)")
+    if not o.max_skipped >= 0:
+        raise ValueError(f"max_skipped is {o.max_skipped}, accepted is an integer >= 0")
     check_seed(o.seed, "optimisation")
     precision, _ = settled(o.precision, worker_device())
     accelerator = Accelerator(
