@@ -292,7 +292,7 @@ def test_predictions_that_are_not_finite_are_refused(
     good, bad = make("good"), make("bad")
     model, trained = load_student(bad)
     with torch.no_grad():
-        model.final_layers[3].linear.bias.fill_(float("nan"))  # type: ignore[union-attr, operator]
+        model.final_layers[3].linear.weight.fill_(3e38)  # type: ignore[union-attr, operator]
     save_student(bad, model, trained)
     with pytest.raises(ValueError, match=r"/bad: the student's predictions are not finite"):
         diagnose(DiagnoseConfig((good, bad), store.folder, tmp_path / "out"))

@@ -25,9 +25,10 @@ from ard.checkpoints import (
     write_tensors,
 )
 from ard.diffusion import Diffusion
-from ard.evaluation import Classifier, load_classifier
+from ard.features import load_classifier
 from ard.finite import check_finite
 from ard.models import ARDTransformer
+from ard.models.classifier import Classifier
 from ard.runs import Run, newest_checkpoint, read_log
 from ard.training import Optimisation
 
