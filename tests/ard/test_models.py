@@ -577,8 +577,8 @@ def test_a_teacher_of_ones_own_is_a_teacher(tmp_path: Path) -> None:
     assert _relative(_sample_with(student, states, labels), student(states, labels)) < 100 * _EPS32
     student.save_pretrained(tmp_path / "student")
     loaded = ARDTransformer.from_pretrained(tmp_path / "student")
-    with torch.no_grad():  # where a graph is recorded, PyTorch has other kernels on some processors
-        assert torch.equal(loaded(states, labels), student(states, labels))
+    loaded.requires_grad_()  # else torch.matmul folds the tokens otherwise, and AVX2 rounds otherwise
+    assert torch.equal(loaded(states, labels), student(states, labels))
     plain = _teacher()
     plain.diffusion = teacher.diffusion
     plain.save_pretrained(tmp_path / "plain")
