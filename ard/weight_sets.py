@@ -18,12 +18,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 # Keys and prefixes of weights as they are trained: torch's DataParallel and DDP (module), Lightning (model,
-# _forward_module), timm (state_dict), BasicSR (params), JiT (net), ema_pytorch (online_model), Stable
-# Diffusion (diffusion_model), Lightning's WeightAveraging (current_model_state), accelerate and diffusers.
+# _forward_module), its WeightAveraging (current_model_state), timm (state_dict), BasicSR (params), JiT (net),
+# ema_pytorch (online_model), Stable Diffusion (diffusion_model), StyleGAN (g), diffusers (transformer).
 _RAW = {
     "model", "state_dict", "model_state_dict", "model_state", "current_model_state", "state", "module",
     "_forward_module", "net", "network", "params", "weights", "online_model", "denoiser", "dit",
-    "transformer", "backbone", "diffusion_model", "unwrapped_model", "raw_model", "generator",
+    "transformer", "backbone", "diffusion_model", "unwrapped_model", "raw_model", "generator", "g",
 }  # fmt: skip
 # Words in the keys of averaged weights: ema, model_ema, ema_model, model_ema1, state_dict_ema, params-ema,
 # ema_0.9999, EMAModel, shadow_params, swa_model, ..
@@ -66,6 +66,8 @@ def _words(part: str) -> set[str]:
 
 def _kind(parts: Sequence[str]) -> Kind:
     words = [_words(part) for part in parts]
+    if "online_model" in parts:  # ema_pytorch keeps it inside of the average
+        return "raw"
     if any(found & _AVERAGED for found in words):
         return "averaged"
     if any(found & _EITHER for found in words):
@@ -117,7 +119,7 @@ def _unwrapped(weights: WeightSet, source: Path) -> WeightSet:
             raise ValueError(f"{source}: {before[short]} and {name} are both {short} without the wrappers' "
                              "prefixes; accepted is one of them")  # fmt: skip
         tensors[short], before[short] = tensor, name
-    average = weights.kind == "averaged" or "n_averaged" in tensors
+    average = weights.kind == "averaged" or not tensors.keys().isdisjoint(("n_averaged", "initted"))
     if average:
         tensors = {n: t for n, t in tensors.items() if n not in _BOOKKEEPING or t.numel() > 1}
     return replace(weights, tensors=tensors)
@@ -154,7 +156,8 @@ def _parted(weights: WeightSet, ignore: Sequence[str], source: Path) -> list[Wei
     parted = []
     for first, tensors in groups.items():
         parts = (*weights.parts, first)
-        kind: Kind = weights.kind if weights.kind in ("averaged", "other") else _kind(parts)
+        # An average that only the whole file shows (WeightAveraging) stays one below its prefixes.
+        kind = weights.kind if weights.kind != _kind(weights.parts) else _kind(parts)
         parted += _parted(replace(weights, parts=parts, tensors=tensors, kind=kind), ignore, source)
     if rest or not groups:
         besides = tuple(".".join((*weights.parts, first)) for first in groups)
