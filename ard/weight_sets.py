@@ -223,14 +223,13 @@ def _chosen(sets: list[WeightSet], key: str | None, source: Path) -> WeightSet:
     asked = sets if key is None else _asked(sets, key, source)
     pool = [weights for weights in asked if weights.kind != "other"] or (asked if key is not None else [])
     averages = [weights for weights in pool if weights.kind == "averaged"]
-    ways = " or ".join(
-        f"--weights-key {weights.key}" for weights in pool if weights.key and not weights.unnamed
-    )
+    named = [weights.key for weights in pool if weights.key and not weights.unnamed]
+    raw = " or ".join(f"--weights-key {key}" for key in named)
     if len(averages) == 1 and averages[0].unnamed:
         raise ValueError(
             f"{source}: its averaged weights, {averages[0].key}, are a list without names; accepted is a "
             "mapping of names to tensors: load them into the model where they were made (ema.copy_to) and "
-            f"torch.save(model.state_dict(), FILE){f'; {ways} takes what was not averaged' if ways else ''}"
+            f"torch.save(model.state_dict(), FILE){f'; {raw} takes what was not averaged' if raw else ''}"
         )
     for weights in pool:
         if weights.besides:
@@ -253,6 +252,8 @@ def _chosen(sets: list[WeightSet], key: str | None, source: Path) -> WeightSet:
         raise ValueError(f"{source}: its tensors lie under {_listed(sets)}; say with --weights-key KEY which "
                          "are the weights")  # fmt: skip
     what = "several averages of its weights" if averages else "several state dicts"
+    keys = [weights.key for weights in averages or pool if not weights.unnamed]
+    ways = " or ".join(f"--weights-key {key}" for key in keys)
     raise ValueError(f"{source}: holds {what} ({_listed(averages or pool)}); say which: {ways}")
 
 
