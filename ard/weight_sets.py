@@ -27,7 +27,11 @@ _RAW = {
 }  # fmt: skip
 # Words in the keys of averaged weights: ema, model_ema, ema_model, model_ema1, state_dict_ema, params-ema,
 # ema_0.9999, EMAModel, shadow_params, swa_model, ..
-_AVERAGED = {"ema", "emas", "emamodel", "modelema", "shadow", "swa", "lawa", "polyak", "averaged", "average"}
+_AVERAGED = {
+    "ema", "emas", "emamodel", "modelema", "shadow", "swa", "lawa", "polyak", "averaged", "average", "avg",
+}  # fmt: skip
+# Words in the keys of what an optimiser keeps per weight: exp_avg, square_avg, optimizer_state, ..
+_OPTIMISERS = {"exp", "square", "opt", "optim", "optimizer", "optimiser", "grad", "grads", "momentum"}
 # Either of two may be the average of the other.
 _EITHER = {"teacher", "student", "target"}
 # What wrappers put into the middle of names when they wrap a part of a model.
@@ -68,7 +72,7 @@ def _kind(parts: Sequence[str]) -> Kind:
     words = [_words(part) for part in parts]
     if "online_model" in parts:  # ema_pytorch keeps it inside of the average
         return "raw"
-    if any(found & _AVERAGED for found in words):
+    if any(found & _AVERAGED and not found & _OPTIMISERS for found in words):
         return "averaged"
     if any(found & _EITHER for found in words):
         return "either"
@@ -218,6 +222,16 @@ def _asked(sets: Sequence[WeightSet], key: str, source: Path) -> list[WeightSet]
     raise ValueError(f"{source}: --weights-key is {key!r}, the file has {_listed(sets)}")
 
 
+def _rivals(raw: WeightSet, sets: Iterable[WeightSet]) -> list[WeightSet]:
+    """State dicts under unknown keys with the same names: any of them may be an average."""
+    trained = raw.tensors.keys() - set(_FIXED_TABLES)
+    return [
+        other for other in sets
+        if other.kind == "other" and trained and trained <= other.tensors.keys()
+        and not any(_words(part) & _OPTIMISERS for part in other.parts)
+    ]  # fmt: skip
+
+
 def _chosen(sets: list[WeightSet], key: str | None, source: Path) -> WeightSet:
     """The one that is meant; ValueError that names --weights-key where that is not clear."""
     asked = sets if key is None else _asked(sets, key, source)
@@ -244,8 +258,9 @@ def _chosen(sets: list[WeightSet], key: str | None, source: Path) -> WeightSet:
             )
     if len(averages) == 1:
         return averages[0]
-    if len(pool) == 1:
+    if len(pool) == 1 and (key is not None or not (rivals := _rivals(pool[0], sets))):
         return pool[0]
+    pool += rivals if len(pool) == 1 else []
     if not pool and len(sets) == 0:
         raise ValueError(f"{source}: accepted is a mapping of names to tensors")
     if not pool:

@@ -244,12 +244,13 @@ def test_safetensors_with_prefixes(place: Path, tmp_path: Path, kind: str) -> No
      (lambda: {"student": _half(), "teacher": _plain()}, ["student", "teacher"]),
      (lambda: {"model": _half(), "teacher": _plain()}, ["model", "teacher"]),
      (lambda: {"model": _half(), "state_dict": _plain()}, ["model", "state_dict"]),
+     (lambda: {"model": _half(), "slow": _under("module.", _plain())}, ["model", "slow.module"]),
      (lambda: {"state_dict": {**_under("net.", _half()), **_under("teacher.", _plain())}},
       ["state_dict.net", "state_dict.teacher"]),
      (lambda: {"state_dict": {**_under("ema.a.", _half()), **_under("model.", _plain())},
                "callbacks": {"x": {"ema_weights": _half()}}},
       ["callbacks.x.ema_weights", "state_dict.ema"])],
-    ids=["averages", "two rates", "teacher", "teacher beside model", "two raw", "Lightning", "hidden"],
+    ids=["averages", "rates", "teacher", "model, teacher", "two raw", "unknown", "Lightning", "hidden"],
 )  # fmt: skip
 def test_a_choice_is_the_users(place: Path, tmp_path: Path, content: Any, keys: list[str]) -> None:
     for rest in ({}, _furniture()):
@@ -274,6 +275,14 @@ def test_the_key_decides(place: Path, tmp_path: Path, prefix: str) -> None:
     assert _same(place, _converted(place, content, tmp_path, weights_key="model_ema1"))
     with pytest.raises(ValueError, match=r"--weights-key is 'ema', the file has .*model_ema1"):
         read_checkpoint(tmp_path / "w.pt", "ema")
+
+
+def test_what_an_optimiser_keeps_by_name_is_no_average(place: Path, tmp_path: Path) -> None:
+    moments = {"exp_avg": _half(), "exp_avg_sq": _half(), "momentum_buffer": _half()}
+    by_name = {name: {"exp_avg": tensor, "exp_avg_sq": tensor} for name, tensor in _half().items()}
+    for optimiser in (moments, {"state": by_name}, _half()):
+        assert _same(place, _converted(place, {"optimizer": optimiser, "model": _plain()}, tmp_path))
+    assert _same(place, _converted(place, {**moments, "model": _plain()}, tmp_path))
 
 
 def test_what_lies_beside_a_prefix_is_not_left_out_silently(place: Path, tmp_path: Path) -> None:
