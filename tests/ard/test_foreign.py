@@ -76,14 +76,14 @@ def test_an_average_is_taken_before_raw_weights(
 
 
 @pytest.mark.parametrize("above", ["", "diffusion_model."])
-@pytest.mark.parametrize("furniture", [False, True])
+@pytest.mark.parametrize("furnished", [False, True])
 def test_an_average_whose_names_have_lost_their_dots(
-    place: Path, tmp_path: Path, above: str, furniture: bool, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, above: str, furnished: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """LitEma counts names from its model on; what is never trained comes from the raw weights."""
     raw = {**zeros(), "pos_embed": plain()["pos_embed"]}
     names = {**under(f"model.{above}", raw), **under("model_ema.", lit_ema(plain(), above))}
-    content = {"state_dict": names, **(furniture() if furniture else {})}
+    content = {"state_dict": names, **(furniture() if furnished else {})}
     assert same(place, converted(place, content, tmp_path))
     model = f"state_dict.model{above and '.'}{above[:-1]}"
     assert capsys.readouterr().out.splitlines()[:2] == [
