@@ -164,6 +164,8 @@ def test_what_lies_beside_a_prefix_is_not_left_out_silently(place: Path, tmp_pat
     with pytest.raises(ValueError, match="others are not"):  # a raw model with its average below it
         converted(place, {**zeros(), **under("ema.", plain())}, tmp_path)
     assert same(place, converted(place, {**plain(), **under("ema.", half())}, tmp_path, ignore=("ema.*",)))
+    content = {"state_dict": {**plain(), **under("ema.", half())}}
+    assert same(place, converted(place, content, tmp_path, weights_key="state_dict"))
 
 
 def test_keys_that_nobody_knows_are_listed(place: Path, tmp_path: Path) -> None:
@@ -224,6 +226,9 @@ def test_heads_of_training_alone_are_ignored_by_request(place: Path, tmp_path: P
     message = r"--ignore 'blocks\.1\.\*' leaves out blocks\.1\..*, which the model needs"
     with pytest.raises(ValueError, match=message):
         converted(place, content, tmp_path, ignore=("projectors.*", "scale", "blocks.1.*"))
+    if prefix == "module.":  # by the name in the file
+        with pytest.raises(ValueError, match=r"--ignore 'module\.blocks\.1\.\*' leaves out blocks\.1\."):
+            converted(place, content, tmp_path, ignore=("projectors.*", "scale", "module.blocks.1.*"))
     with pytest.raises(ValueError, match=r"--ignore 'decoder\.\*' fits no name"):
         converted(place, content, tmp_path, ignore=("projectors.*", "scale", "decoder.*"))
 
