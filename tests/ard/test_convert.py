@@ -482,6 +482,7 @@ def test_a_file_is_written_where_nothing_is_and_can_be_read(tmp_path: Path, teac
     ("weights", "options", "message"),
     [("teacher", {"prediction": "x0", "noise_schedule": "cosine", "teacher": Path("nowhere")},
       "noise_schedule is cosine, prediction is x0, teacher is nowhere, but teacher describes itself; leave"),
+     ("teacher", {"weights_key": "ema"}, "weights_key is ema, but teacher describes itself"),
      ("teacher", {"time_frequencies": "diffusers"}, "time_frequencies is diffusers, but teacher describes"),
      ("student", {"history_layers": 3, "layout": "dit", "preset": "DiT-S/2"},
       "preset is DiT-S/2, layout is dit, history_layers is 3, but student describes itself"),

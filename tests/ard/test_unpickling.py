@@ -193,16 +193,25 @@ def test_furniture_is_data(tmp_path: Path) -> None:
     assert not any(type(value).__module__.startswith("numpy") for value in arguments.values())
 
 
-def test_a_forged_dtype_reads_no_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "order", "data", "number"),
+    [(b"O8", b"|", b"A" * 8, None), (b"i4", b"<", b"\3\0\0\0", 3), (b"i4", b">", b"\0\0\0\3", 3),
+     (b"i4", b"<", b"\3", None)],
+)  # fmt: skip
+def test_a_forged_dtype_reads_no_memory(
+    tmp_path: Path, code: bytes, order: bytes, data: bytes, number: int | None
+) -> None:
     """NumPy's own scalar() would take eight bytes of an object dtype for the address of an object."""
-    forged = (b"\x80\x02cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nX\x02\x00\x00\x00O8\x89\x88\x87R(K\x03"
-              b"X\x01\x00\x00\x00|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbc_codecs\nencode\n"
-              b"X\x08\x00\x00\x00AAAAAAAAX\x06\x00\x00\x00latin1\x86R\x86R.")  # fmt: skip
+    scalar = (b"\x80\x02cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nX\x02\x00\x00\x00" + code
+              + b"\x89\x88\x87R(K\x03X\x01\x00\x00\x00" + order
+              + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbc_codecs\nencode\nX" + bytes([len(data), 0, 0, 0])
+              + data + b"X\x06\x00\x00\x00latin1\x86R\x86R.")  # fmt: skip
     torch.save({}, tmp_path / "empty.pt")
     with zipfile.ZipFile(tmp_path / "empty.pt") as empty, zipfile.ZipFile(tmp_path / "w.pt", "w") as file:
         for name in empty.namelist():
-            file.writestr(name, forged if name.endswith("/data.pkl") else empty.read(name))
-    assert type(read_pickle(tmp_path / "w.pt")) is Opaque
+            file.writestr(name, scalar if name.endswith("/data.pkl") else empty.read(name))
+    read = read_pickle(tmp_path / "w.pt")
+    assert (None if type(read) is Opaque else read) == number
 
 
 @pytest.mark.parametrize("content", [b"", b"abc", bytes(range(256)), b"PK\x03\x04" + bytes(100)])
