@@ -204,8 +204,8 @@ def test_a_forged_dtype_reads_no_memory(
     """NumPy's own scalar() would take eight bytes of an object dtype for the address of an object."""
     scalar = (b"\x80\x02cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nX\x02\x00\x00\x00" + code
               + b"\x89\x88\x87R(K\x03X\x01\x00\x00\x00" + order
-              + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbc_codecs\nencode\nX" + bytes([len(data), 0, 0, 0])
-              + data + b"X\x06\x00\x00\x00latin1\x86R\x86R.")  # fmt: skip
+              + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbc_codecs\nencode\nX"
+              + bytes([len(data), 0, 0, 0]) + data + b"X\x06\x00\x00\x00latin1\x86R\x86R.")  # fmt: skip
     torch.save({}, tmp_path / "empty.pt")
     with zipfile.ZipFile(tmp_path / "empty.pt") as empty, zipfile.ZipFile(tmp_path / "w.pt", "w") as file:
         for name in empty.namelist():
