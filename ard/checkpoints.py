@@ -3,7 +3,6 @@ anything."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -11,7 +10,6 @@ import os
 import re
 import secrets
 import shutil
-import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -102,45 +100,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         temporary.chmod(0o666 & ~umask)  # like any other file; safetensors makes files for the owner alone
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a .safetensors file, or of a .pt/.pth/.ckpt/.bin file as far as it holds nothing but
-    data; and the arguments of the training script that wrote it, as far as they are in it.
-
-    A checkpoint that keeps its weights under "ema", "model" or "state_dict" gives those (in this order). Its
-    arguments lie under "args", an argparse.Namespace or a mapping.
-    """
-    check_local("load", "path", path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path), {}
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
-    try:
-        # A namespace holds attributes and runs nothing.
-        namespace = torch.serialization.safe_globals([argparse.Namespace])
-        with warnings.catch_warnings(action="ignore"), namespace:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # whatever a stranger's bytes make an unpickler do
-        # torch's own advice, to load it with its code after all, is left out.
-        found = re.search(r"WeightsUnpickler error: (Unsupported \w+: )?(.*?)(\. |\n|$)", str(error))
-        reason = (found[2] if found else str(error).partition("\n")[0]) or type(error).__name__
-        raise ValueError(f"{path}: refused, it is not a file of plain tensors ({reason[:160]})") from None
-    arguments = loaded.get("args", {}) if isinstance(loaded, dict) else {}
-    if isinstance(arguments, argparse.Namespace):
-        arguments = vars(arguments)
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ValueError(f"{path}: accepted is a mapping of names to tensors")
-    return loaded, arguments if isinstance(arguments, dict) else {}
-
-
 def read_metadata(path: Path) -> dict[str, str]:
     """What a safetensors file says beside its tensors; nothing for a file of another kind."""
     if path.suffix != ".safetensors":
@@ -153,8 +112,13 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of `read_checkpoint`."""
-    return read_checkpoint(path)[0]
+    """The tensors of a safetensors file, under any name."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
 
 
 # A DiT of any depth has 22 names once layers are counted together: a list of everything that differs in any
@@ -162,7 +126,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 _LISTED = 100
 
 
-def _together(names: Iterable[str]) -> str:
+def together(names: Iterable[str]) -> str:
     """Names, those that differ in their first number as one: blocks.{0..11}.attn.qkv.weight."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:
@@ -193,23 +157,31 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
             raise OSError(f"{path}: could not be written ({error})") from None
 
 
+class MisfitError(ValueError):
+    """Tensors that do not fit a model: `own`, those that it wants, against `found`, those that are given."""
+
+    def __init__(self, message: str, own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+        super().__init__(message)
+        self.own, self.found = own, found
+
+
 def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: object) -> None:
-    """ValueError that lists every tensor that `tensors` lacks, has too many, or has in another shape than
+    """MisfitError that lists every tensor that `tensors` lacks, has too many, or has in another shape than
     `own`."""
     complaints = []
     if missing := [name for name in own if name not in tensors]:
-        complaints.append(f"missing {_together(missing)}")
+        complaints.append(f"missing {together(missing)}")
     if unexpected := [name for name in tensors if name not in own]:
-        complaints.append(f"unexpected {_together(unexpected)}")
+        complaints.append(f"unexpected {together(unexpected)}")
     shapes: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
     for name in own:
         if name in tensors and tensors[name].shape != own[name].shape:
             shapes.setdefault((tuple(tensors[name].shape), tuple(own[name].shape)), []).append(name)
     for (found, wanted), names in shapes.items():
         have = "have" if len(names) > 1 else "has"
-        complaints.append(f"{_together(names)} {have} shape {found}, the model wants {wanted}")
+        complaints.append(f"{together(names)} {have} shape {found}, the model wants {wanted}")
     if complaints:
-        raise ValueError(f"{source}: does not fit the model: {'; '.join(complaints)}")
+        raise MisfitError(f"{source}: does not fit the model: {'; '.join(complaints)}", own, tensors)
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -11,11 +12,11 @@ from typing import Literal
 from ard.checkpoints import (
     CONFIG,
     WEIGHTS,
+    MisfitError,
     describing,
     load_student,
     load_teacher,
     load_weights,
-    read_checkpoint,
     read_json,
     read_metadata,
     replacing,
@@ -27,6 +28,7 @@ from ard.checkpoints import (
     write_tensors,
 )
 from ard.diffusion import Diffusion, Prediction, Schedule
+from ard.foreign import Checkpoint, explained, read_checkpoint, read_sharded
 from ard.layouts import (
     from_diffusers,
     from_released,
@@ -39,14 +41,16 @@ from ard.models.dit import TimeFrequencies
 
 _DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
+_PIPELINE_NULL_CLASS = 1000  # written into the pipeline's __call__, whatever the model's config says
+
 
 @dataclass(frozen=True)
 class ConvertConfig:
     """Make a folder that the other commands take from weights in another layout, or the other way round.
 
     A file may hold a public DiT or a student of the authors' released code (.pt with nothing but data, or
-    .safetensors; bare, or under "ema" or "model"); a folder, a DiTTransformer2DModel of diffusers or a
-    teacher or student of ours.
+    .safetensors; bare, or as training scripts keep weights); a folder, a DiTTransformer2DModel of diffusers
+    or a teacher or student of ours.
     """
 
     weights: Path
@@ -59,12 +63,19 @@ class ConvertConfig:
     layout: Literal["auto", "dit", "released"] = "auto"
     """What a file holds: the public DiT, or a student of the released code. auto: what has a second final
     layer is a student."""
+    weights_key: str | None = None
+    """Which weights of a file are meant, with dots: ema, state_dict.model. Default: the only average that is
+    in it, else the only weights; where that leaves a choice, the file is refused and the keys are listed."""
+    ignore: tuple[str, ...] = ()
+    """Patterns of names in the file to leave out, such as 'projectors.*': heads that only training needs."""
     preset: str = "DiT-XL/2"
     """Architecture of what is in a file: DiT-{S,B,L,XL}/{2,4,8}."""
     input_size: int = 32
     """Height and width of its latent: 32 for 256 px, 64 for 512 px."""
     num_classes: int = 1000
     """Number of its classes, the null class not counted."""
+    null_class: bool = True
+    """Its class table has a last row for "no class". A teacher without one can only be used unguided."""
     noise_schedule: Schedule = "linear"
     """Noise schedule a teacher was trained with, where the source does not say."""
     prediction: Prediction = "eps"
@@ -72,8 +83,9 @@ class ConvertConfig:
     time_scale: float | None = None
     """Of a flow: what the network calls the end of its time, 1 (SiT) or 1000."""
     teacher: Path | None = None
-    """Folder of a teacher with the architecture and noise schedule of what is in the file, instead of the six
-    options above. A student is recorded as distilled from it, which `ard evaluate` wants to know."""
+    """Folder of a teacher with the architecture and noise schedule of what is in the file, instead of the
+    options from preset to time_scale. A student is recorded as distilled from it, which `ard evaluate` wants
+    to know."""
     history_layers: int | None = None
     """N of a released student; default: what its training arguments say if they are in the file, else 6."""
     time_frequencies: TimeFrequencies | None = None
@@ -83,8 +95,9 @@ class ConvertConfig:
 
 
 # Options that say what the weights are.
-_ARCHITECTURE = ("preset", "input_size", "num_classes")
+_ARCHITECTURE = ("preset", "input_size", "num_classes", "null_class")
 _PROCESS = ("noise_schedule", "prediction", "time_scale")
+_SELECTION = ("weights_key", "ignore")  # which of the weights in a file
 _OPTIONS = (*_ARCHITECTURE, *_PROCESS, "layout", "teacher", "history_layers", "time_frequencies")
 # What the folders hold that this command writes.
 _WRITTEN = {CONFIG, WEIGHTS, _DIFFUSERS_WEIGHTS[0], "model_index.json", "student"}
@@ -136,40 +149,91 @@ def _process(teacher: DiT) -> Diffusion:
     return teacher.diffusion
 
 
+def _describes_nothing(folder: Path) -> FileNotFoundError:
+    """The error about a folder without a config.json, with what to do with a folder of its kind."""
+    accepted = "a folder of this project, or the transformer folder of a diffusers pipeline"
+    if (folder / "transformer" / CONFIG).is_file():
+        accepted = f"{folder / 'transformer'}, the model of this pipeline"
+    elif (folder / ".metadata").is_file():  # torch.distributed.checkpoint, as FSDP writes it
+        tool = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+        accepted = f"a file: {tool} {folder} FILE.pt makes one"
+    elif (folder / "zero_to_fp32.py").is_file():  # DeepSpeed
+        accepted = f"a file: python {folder / 'zero_to_fp32.py'} {folder} OUT makes one, if you trust it"
+    return FileNotFoundError(f"{folder}: no {CONFIG} there; accepted is {accepted}")
+
+
 def _read_folder(config: ConvertConfig) -> DiT | ARDTransformer:
     folder = config.weights
     if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder}: no {CONFIG} there; accepted is a folder of this project, or the "
-                                "transformer folder of a diffusers pipeline")  # fmt: skip
+        raise _describes_nothing(folder)
     description = read_json(folder / CONFIG)
     if not isinstance(description, dict) or "_class_name" not in description:
-        _check_unused(config, _OPTIONS, f"{folder} describes itself")
+        _check_unused(config, (*_OPTIONS, *_SELECTION), f"{folder} describes itself")
         student = isinstance(description, dict) and description.get("class") == "ARDTransformer"
         return load_student(folder)[0] if student else load_teacher(folder)[0]
     path = next((folder / name for name in _DIFFUSERS_WEIGHTS if (folder / name).is_file()), None)
-    if path is None:
+    index = next(
+        (file for name in _DIFFUSERS_WEIGHTS if (file := folder / f"{name}.index.json").is_file()), None
+    )
+    if path is None and index is None:
         raise FileNotFoundError(f"{folder}: no {' or '.join(_DIFFUSERS_WEIGHTS)} there")
     unused = (*_ARCHITECTURE, "layout", "teacher", "history_layers")
     _check_unused(config, unused, f"{folder} is a folder of diffusers, which describes its architecture")
-    with describing(path, "teacher"):
-        ours = json.loads(read_metadata(path).get("ard", "{}"))
+    source = path or index
+    assert source is not None
+    with describing(source, "teacher"):
+        ours = json.loads(read_metadata(source).get("ard", "{}"))
         if "diffusion" in ours:
-            _check_unused(config, _PROCESS, f"{path} records what it was trained with")
+            _check_unused(config, _PROCESS, f"{source} records what it was trained with")
         diffusion = Diffusion(**ours["diffusion"]) if "diffusion" in ours else _diffusion(config)
         frequencies = config.time_frequencies or ours.get("time_frequencies", "diffusers")
-    teacher = from_diffusers(description, read_checkpoint(path)[0], frequencies, path)
+    read = read_checkpoint if path is not None else read_sharded
+    checkpoint = read(source, config.weights_key, config.ignore)
+    with _announced(checkpoint):
+        teacher = from_diffusers(description, checkpoint.tensors, frequencies, source)
     teacher.diffusion = diffusion
     return teacher
 
 
+@contextlib.contextmanager
+def _announced(checkpoint: Checkpoint, config: ConvertConfig | None = None) -> Iterator[None]:
+    """Say what was chosen in a file, and which option lets it in if the block refuses it."""
+    for note in checkpoint.notes:
+        print(note)
+    try:
+        with explained(checkpoint):
+            yield
+    except MisfitError as error:
+        raise ValueError(f"{error}{_class_counts(error, config) if config else ''}") from None
+
+
+def _class_counts(error: MisfitError, config: ConvertConfig) -> str:
+    """Which options would fit a class table that has another number of rows; nothing if it fits."""
+    own, found = (tensors.get("y_embedder.embedding_table.weight") for tensors in (error.own, error.found))
+    if own is None or found is None or own.shape == found.shape or own.shape[1:] != found.shape[1:]:
+        return ""
+    rows = len(found)
+    table = f"; its class table has {rows} rows: "
+    if config.teacher is not None:
+        return f"{table}another teacher than {config.teacher}, or --preset and its like instead of it"
+    with_null = f"--num-classes {rows - 1} if the last one is the null class, "
+    return f"{table}{with_null}--num-classes {rows} --no-null-class if there is none (guidance needs one)"
+
+
 def _read_file(config: ConvertConfig) -> DiT | ARDTransformer:
-    tensors, arguments = read_checkpoint(config.weights)
+    if config.weights.name.endswith(".index.json"):
+        raise ValueError(
+            f"convert: weights is {config.weights}, accepted is its folder, {config.weights.parent}"
+        )
+    checkpoint = read_checkpoint(config.weights, config.weights_key, config.ignore)
+    arguments = checkpoint.arguments
     if "ard" in arguments:  # a student written with --to released
         _check_unused(config, _OPTIONS, f"{config.weights} holds a student and describes it")
         with describing(config.weights, "student"):
             ours = json.loads(arguments["ard"])
             student, trajectories = ours["config"], {**ours["trajectories"]}
-        return from_released(tensors, student, trajectories, config.weights)
+        with _announced(checkpoint):
+            return from_released(checkpoint.tensors, student, trajectories, config.weights)
     _check_unused(config, ["time_frequencies"], f"{config.weights} is not a folder of diffusers")
     if config.teacher is not None:
         _check_unused(config, (*_ARCHITECTURE, *_PROCESS), f"teacher is {config.teacher}, which says that")
@@ -177,15 +241,16 @@ def _read_file(config: ConvertConfig) -> DiT | ARDTransformer:
         architecture, identity = teacher.config, sha256(config.teacher / WEIGHTS)
     elif config.preset in PRESETS:
         architecture = {**PRESETS[config.preset], "input_size": config.input_size,
-                        "num_classes": config.num_classes}  # fmt: skip
+                        "num_classes": config.num_classes, "null_class": config.null_class}  # fmt: skip
         diffusion, identity = _diffusion(config), None
     else:
         raise ValueError(f"convert: preset is {config.preset!r}, accepted are {', '.join(PRESETS)}")
-    steps = released_steps(tensors)
+    steps = released_steps(checkpoint.tensors)
     if config.layout == "dit" or (config.layout == "auto" and steps < 2):
         _check_unused(config, ["history_layers"], f"{config.weights} holds a teacher")
         teacher = DiT(**architecture)
-        load_weights(teacher, tensors, config.weights)
+        with _announced(checkpoint, config):
+            load_weights(teacher, checkpoint.tensors, config.weights)
         teacher.diffusion = diffusion
         return teacher
     layers = arguments.get("stack", 6) if config.history_layers is None else config.history_layers
@@ -196,7 +261,8 @@ def _read_file(config: ConvertConfig) -> DiT | ARDTransformer:
         "solver_steps": 25, "guidance": 1.5, "guided_channels": 3, "seed": None, "samples": None,
         "grid": [25, 15, 10, 5, 0] if steps == 4 else None, "state": "x0",
     }  # fmt: skip
-    return from_released(tensors, student, trajectories, config.weights)
+    with _announced(checkpoint, config):
+        return from_released(checkpoint.tensors, student, trajectories, config.weights)
 
 
 def _diffusion(config: ConvertConfig) -> Diffusion:
@@ -224,4 +290,9 @@ def _write_diffusers(model: DiT | ARDTransformer, out: Path) -> None:
         print(
             "note: diffusers' DiT embeds the time with frequencies 10000^(-i/127), this teacher, as the "
             "public DiT, with 10000^(-i/128): its predictions there are not the same"
+        )
+    if model.num_classes != _PIPELINE_NULL_CLASS:
+        print(
+            f"warning: diffusers' DiTPipeline takes class {_PIPELINE_NULL_CLASS} for the null class, this "
+            f"teacher's is {model.num_classes}: call the model with it, or the pipeline with guidance_scale=1"
         )

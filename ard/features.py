@@ -23,6 +23,7 @@ from ard.metrics import Moments
 from ard.models.classifier import Classifier
 from ard.models.inception import FEATURES, Inception
 from ard.shards import worker_device
+from ard.unpickling import read_pickle
 
 # Images that a feature network is given at once.
 BATCH = 250
@@ -95,7 +96,10 @@ def inception_extractor(weights: Path) -> Extractor:
     """FID's Inception, from a local file of its weights (pt_inception-2015-12-05-6726825d.pth)."""
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: no such file; wanted are FID's Inception weights")
-    model, tensors = Inception(), read_tensors(weights)
+    model = Inception()
+    tensors = read_tensors(weights) if weights.suffix == ".safetensors" else read_pickle(weights)
+    if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
+        raise ValueError(f"{weights}: accepted is a mapping of names to tensors, FID's Inception weights")
     # Counters that inference does not read; older conversions lack them.
     counters = {name: x for name, x in model.state_dict().items() if name.endswith("num_batches_tracked")}
     load_weights(model, {**counters, **tensors}, weights)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ard.checkpoints import (
     load_student,
     load_teacher,
-    read_checkpoint,
     read_json,
     save_student,
     save_teacher,
@@ -28,6 +27,7 @@ from ard.checkpoints import (
 )
 from ard.convert import ConvertConfig, convert
 from ard.diffusion import Diffusion
+from ard.foreign import read_checkpoint
 from ard.models import ARDTransformer, DiT
 from ard.sampling import sample
 
@@ -110,7 +110,7 @@ def test_arguments_in_a_checkpoint_do_not_carry_code(tmp_path: Path) -> None:
             read_checkpoint(file)
     assert not (tmp_path / "executed").exists()
     torch.save({"ema": tiny_teacher().state_dict(), "args": argparse.Namespace(stack=3)}, file)
-    assert read_checkpoint(file)[1] == {"stack": 3}
+    assert read_checkpoint(file).arguments == {"stack": 3}
 
 
 def test_a_teacher_goes_to_the_public_layout_and_back(tmp_path: Path, teacher: Path) -> None:
@@ -421,7 +421,7 @@ def test_metadata_that_describes_nothing_is_refused(tmp_path: Path, ours: str) -
      json.dumps({"config": {"teacher": TINY, "x": 1}, "trajectories": {}})],
 )  # fmt: skip
 def test_arguments_that_describe_nothing_are_refused(tmp_path: Path, ours: Any) -> None:
-    torch.save({"model": {}, "args": {"ard": ours}}, tmp_path / "r.pt")
+    torch.save({"model": {"x": torch.zeros(1)}, "args": {"ard": ours}}, tmp_path / "r.pt")
     with pytest.raises(ValueError, match=r"r\.pt: does not describe a student"):
         convert(ConvertConfig(tmp_path / "r.pt", tmp_path / "s"))
 
@@ -482,6 +482,7 @@ def test_a_file_is_written_where_nothing_is_and_can_be_read(tmp_path: Path, teac
     ("weights", "options", "message"),
     [("teacher", {"prediction": "x0", "noise_schedule": "cosine", "teacher": Path("nowhere")},
       "noise_schedule is cosine, prediction is x0, teacher is nowhere, but teacher describes itself; leave"),
+     ("teacher", {"weights_key": "ema"}, "weights_key is ema, but teacher describes itself"),
      ("teacher", {"time_frequencies": "diffusers"}, "time_frequencies is diffusers, but teacher describes"),
      ("student", {"history_layers": 3, "layout": "dit", "preset": "DiT-S/2"},
       "preset is DiT-S/2, layout is dit, history_layers is 3, but student describes itself"),
