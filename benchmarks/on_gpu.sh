@@ -6,10 +6,11 @@
 #     benchmarks/on_gpu.sh more OUT COMMIT SECTION ...    other sections of benchmarks.gpu_suite
 #     benchmarks/on_gpu.sh amx OUT COMMIT        where the CPU has AMX: its kernels against those without
 #
-# CPUINFO names a file in the place of /proc/cpuinfo. OUT gets logs, launches.json (which `more` reads where it is there) and what the suite writes.
+# OUT gets logs, launches.json (which `more` reads where it is there) and what the suite writes.
+# CPUINFO names a file in the place of /proc/cpuinfo.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-[[ $# -ge 3 ]] || { sed -n '2,9p' "$0"; exit 2; }
+[[ $# -ge 3 ]] || { sed -n '2,10p' "$0"; exit 2; }
 what=$1 out=$2 commit=$3
 shift 3
 mkdir -p "$out"
@@ -49,7 +50,7 @@ case $what in
         done
         ;;
     *)
-        sed -n '2,9p' "$0"
+        sed -n '2,10p' "$0"
         exit 2
         ;;
 esac

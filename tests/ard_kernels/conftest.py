@@ -46,7 +46,7 @@ def _assert_accurate(
     backward's weights are exp(score - lse), a difference of rounded numbers), or what rounding costs anyway,
     in epsilons of the exact result's root mean square: half of one in half precision, 3 in float32, 4 where
     an intermediate result is stored otherwise. Where `terms` of a size cancel to a smaller result, their size
-    counts, one for all tensors or one per tensor: with a single visible key the gradients of q and k are zero.
+    counts, for all tensors or per tensor: with a single visible key the gradients of q and k are zero.
     """
     assert len(got) == len(exact) == len(plain)
     sizes = [float(terms)] * len(got) if isinstance(terms, int | float) else terms
