@@ -132,8 +132,8 @@ def _nothing_in_force(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
-# Where they were not built, the tests of "native" fail and say so. AMX is chosen by name alone: its tests are slow
-# ones, and its emulation is in every run.
+# Where they were not built, the tests of "native" fail and say so. AMX is chosen by name alone: its tests are
+# slow ones, and its emulation is in every run.
 _INSTRUCTION_SETS = [
     pytest.param(f"native with {name}", marks=pytest.mark.slow if name == "amx" else ())
     for name in ([] if native.C is None else native.C.instruction_sets())
