@@ -12,7 +12,7 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 CPU_BUILD := $(if $(HAS_GPU),,$(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)))
 TORCH_PACKAGE := torch==$(TORCH)$(if $(CPU_BUILD),+cpu --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: demo test test-slow test-install test-gpu sanitize lint bench clean
+.PHONY: demo test test-avx2 test-slow test-install test-gpu sanitize lint bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) $(VENV)
@@ -41,6 +41,15 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.developer
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+
+# What depends on instruction sets, as on a processor that has nothing beyond AVX2: PyTorch's own kernels, oneDNN, ours, MKL, and
+# OpenBLAS, with which NumPy computes the products of Triton's interpreter.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=avx2 ARD_KERNELS_ISA=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell
+AVX2_TESTS := tests/ard_kernels/test_attention_tiles.py tests/ard_kernels/test_attention_triton.py tests/ard_kernels/test_adaln_triton.py \
+    tests/ard_kernels/test_gelu.py tests/ard_kernels/test_machine.py tests/ard/test_losses.py tests/ard/test_diffusion.py
+
+test-avx2: $(VENV)/.developer
+	$(AVX2) $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS) $(AVX2_TESTS)
 
 test-slow: $(VENV)/.developer
 	$(BIN)/python -m pytest -m slow $(ARGS)

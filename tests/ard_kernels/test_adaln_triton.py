@@ -58,12 +58,13 @@ def test_unequal_blocks_have_no_empty_programs(
     monkeypatch: pytest.MonkeyPatch, assert_accurate: Callable[..., None], name: str
 ) -> None:
     """And all that they need: blocks of one program and of many, in two samples."""
+    layout = BlockLayout((1, 4, 9, 36))
     monkeypatch.setattr(adaln_triton, "_rows", lambda samples, tokens: 4)
     forward, backward = _count(monkeypatch, works=True)
-    inputs = _inputs(name, VAR, 2, 16, torch.float32, torch.float32)
-    _check(assert_accurate, name, inputs, VAR)
-    assert forward.programs == 2 * sum(-(-length // 4) for length in VAR.lengths)
-    assert backward.programs == 2 * sum(-(-length // 8) for length in VAR.lengths)
+    inputs = _inputs(name, layout, 2, 16, torch.float32, torch.float32)
+    _check(assert_accurate, name, inputs, layout)
+    assert forward.programs == 2 * sum(-(-length // 4) for length in layout.lengths)
+    assert backward.programs == 2 * sum(-(-length // 8) for length in layout.lengths)
 
 
 @pytest.mark.parametrize(

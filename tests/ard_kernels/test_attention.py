@@ -128,6 +128,8 @@ def test_every_head_dim(
 ) -> None:
     if _refused(backend, dtype):
         return
+    if interpreted(backend) and dtype != torch.bfloat16 and dim % 24:
+        return  # how columns are split does not depend on the dtype; 24 to 120 have one part and two
     for layout in (RAGGED,) if interpreted(backend) else (RAGGED, UNIFORM):
         inputs = _qkv(layout, *_batch(backend), dim, dtype).unbind(2)
         _check(assert_accurate, block_attention, reference.block_attention, inputs, layout, "causal")
@@ -161,6 +163,12 @@ def test_one_token_blocks_are_exact(backend: str, dtype: torch.dtype, mask: str)
         torch.testing.assert_close(out, v, rtol=2 * torch.finfo(products(dtype)).eps, atol=0)
 
 
+def _another_pair(backend: str, dtype: torch.dtype, layout: BlockLayout) -> bool:
+    """Whether the interpreter leaves this pair out: it takes ragged layouts in float32, uniform ones in half
+    precision. Offsets of rows do not depend on the dtype, and conversions not on the layout."""
+    return interpreted(backend) and (dtype == torch.float32) != (layout is RAGGED)
+
+
 @functools.cache
 def _of_contiguous_tensors(
     backend: str, dtype: torch.dtype, layout: BlockLayout, mask: str
@@ -184,6 +192,8 @@ def test_strides_do_not_matter(
     mask: str,
 ) -> None:
     """Views of packed or transposed memory and a broadcast dout give the bits of contiguous tensors."""
+    if _another_pair(backend, dtype, layout):
+        return
     x, dout, (expected_out, *expected_grads) = _of_contiguous_tensors(backend, dtype, layout, mask)
     leaf = x.detach().requires_grad_()
     out = block_attention(*view(leaf), layout, mask)
@@ -220,7 +230,7 @@ def test_cached_values_and_gradients(backend: str, assert_accurate: Callable[...
 def test_cached_is_the_rows_and_never_reads_hidden_ones(
     backend: str, dtype: torch.dtype, layout: BlockLayout, mask: str
 ) -> None:
-    if _refused(backend, dtype):
+    if _another_pair(backend, dtype, layout) or _refused(backend, dtype):
         return
     q, k, v = _qkv(layout, *_batch(backend), 72, dtype).unbind(2)
     whole = block_attention(q, k, v, layout, mask)
@@ -273,7 +283,7 @@ def test_large_scores_do_not_overflow(dtype: torch.dtype, mask: str) -> None:
 def test_two_runs_are_bitwise_equal(backend: str, dtype: torch.dtype, mask: str) -> None:
     if _refused(backend, dtype):
         return
-    layout = BlockLayout((40, 64, 24))
+    layout = BlockLayout((20, 9) if interpreted(backend) else (40, 64, 24))
     inputs = _qkv(layout, *_batch(backend), 72, dtype).unbind(2)
     dout = normal(*inputs[0].shape, dtype=dtype, seed=1)
     first = _run(block_attention, inputs, dout, layout, mask)
@@ -281,10 +291,14 @@ def test_two_runs_are_bitwise_equal(backend: str, dtype: torch.dtype, mask: str)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("block", [-1, 1])
-@pytest.mark.parametrize("layout", [RAGGED, UNIFORM], ids=["ragged", "uniform"])
-@pytest.mark.parametrize("mask", ["anchor", "diagonal"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "block"),
+    [(RAGGED, -1), (RAGGED, 1), (UNIFORM, -1)],
+    ids=["ragged", "ragged, cached", "uniform"],
+)
+@pytest.mark.parametrize(
+    ("dtype", "mask"), [(torch.float32, "anchor"), (torch.bfloat16, "diagonal")], ids=["float32", "bfloat16"]
+)
 def test_opcheck(backend: str, dtype: torch.dtype, mask: str, layout: BlockLayout, block: int) -> None:
     q, k, v = _qkv(layout, *_batch(backend), 16, dtype).unbind(2)
     if block >= 0:
@@ -368,8 +382,8 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_flops(dtype: torch.dtype, mask: str) -> None:
-    batch, heads, dim, block = 3, 2, 24, 2
+def test_flops(backend: str, dtype: torch.dtype, mask: str) -> None:
+    (batch, heads), dim, block = (1, 1) if interpreted(backend) else (3, 2), 24, 2
     q, k, v = (x.detach().requires_grad_() for x in _qkv(RAGGED, batch, heads, dim, dtype).unbind(2))
     rows = RAGGED.slice(block)
     visible = RAGGED.mask(mask)

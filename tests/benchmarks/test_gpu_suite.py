@@ -627,21 +627,27 @@ def test_the_profiler_command_is_printed(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize(
-    ("what", "modules"),
+    ("what", "flags", "modules"),
     [
-        ("check", ["pip", "pytest", "benchmarks.gpu_suite"]),
-        ("measure", ["pip", "ard_kernels", "benchmarks.gpu_suite"]),
-        ("more", ["pip", "benchmarks.gpu_suite"]),
+        ("check", "avx2", ["pip", "pytest", "benchmarks.gpu_suite"]),
+        ("check", "avx2 amx_bf16", ["pip", "pytest", "pytest", "benchmarks.gpu_suite"]),
+        ("measure", "avx2", ["pip", "ard_kernels", "benchmarks.gpu_suite"]),
+        ("more", "avx2", ["pip", "benchmarks.gpu_suite"]),
     ],
 )
-def test_a_lent_gpu_is_used_by_commands_that_exist(tmp_path: Path, what: str, modules: list[str]) -> None:
+def test_a_lent_gpu_is_used_by_commands_that_exist(
+    tmp_path: Path, what: str, flags: str, modules: list[str]
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"flags : {flags}\n")
     python = tmp_path / "python"
     script = f'echo "$@" >> {tmp_path}/calls; echo $ARD_KERNELS_LAUNCHES >> {tmp_path}/table'
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
     out = tmp_path / "out"
     command = [ROOT / "benchmarks" / "on_gpu.sh", what, out, "abc", "adaln_more", "training_compiled"]
-    subprocess.run(command, env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)}, check=True)
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "CPUINFO": str(cpuinfo)}
+    subprocess.run(command, env=environment, check=True)
     calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
     cpu = Path("/proc/cpuinfo")
     if what == "check" and cpu.exists() and "amx_bf16" in cpu.read_text():
