@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -124,6 +124,8 @@ class TableConfig:
     """Of the rows that carry a claim; the others have one."""
     rows: tuple[str, ...] = ()
     """Only these, by key (as in the folder); default: all."""
+    precision: Literal["no", "bf16"] = "bf16"
+    """Of recording and training; students are evaluated in float32."""
     compile: bool = True
     """torch.compile the regression."""
     jobs: int = 2
@@ -199,7 +201,7 @@ def _optimisation(config: TableConfig, seed: int, gan: bool) -> Optimisation:
         iterations=iterations, batch_size=config.batch_size, lr=1e-4 if gan else 1e-3,
         lr_schedule="constant" if gan else "cosine", warmup=0 if gan else 100, ema=0.998,
         compile=config.compile and not gan, checkpoint_every=every, keep_checkpoints=config.points,
-        sample_every=every, seed=seed, precision="bf16",
+        sample_every=every, seed=seed, precision=config.precision,
     )  # fmt: skip
 
 
@@ -228,7 +230,7 @@ def _record(config: TableConfig, folder: str) -> None:
         RecordConfig(
             ASSETS / "teacher", config.out / folder, samples=count, solver_steps=250 if reference else 25,
             keep=() if reference else "fifth", shard_size=-(-count // 4) if count > 400 else count,
-            precision="bf16", seed=seed,
+            precision=config.precision, seed=seed,
         )
     )  # fmt: skip
 

@@ -28,7 +28,7 @@ case $what in
         tests=$?
         tail -c 4000 "$out/pytest.log"
         if grep -q amx_bf16 "${CPUINFO:-/proc/cpuinfo}"; then  # the CPU's kernels that few machines can run
-            limited 60 "$python" -m pytest -m slow -n 8 --tb=short -k "native and amx" tests/ard_kernels \
+            limited 60 "$python" -m pytest -n 8 --tb=short -k "native and amx" tests/ard_kernels \
                 > "$out/amx.log" 2>&1
             tail -c 2000 "$out/amx.log"
         fi

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from ard.assets import ASSETS
 from ard.checkpoints import load_student, read_json
-from ard.demo import DemoConfig, _embedded, demo
+from ard.demo import DemoConfig, _embedded, _seconds, demo
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "demo"
-    demo(DemoConfig(folder, iterations=4, samples=24, held_out=200, curve_points=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "ard.demo._seconds", partial(_seconds, repeats=1)
+        )  # 50 samples of the teacher take long
+        demo(DemoConfig(folder, iterations=4, samples=24, held_out=200, curve_points=1))
     return folder
 
 

@@ -150,14 +150,14 @@ def picture_student(folder: Path, side: int = 256) -> Path:
 
 
 def test_memory_holds_a_batch_and_not_the_result(tmp_path: Path) -> None:
-    """800 pictures of 256 x 256 are 157 MB, of which the peak must not show a half."""
+    """850 more pictures of 256 x 256 are 167 MB, of which the peak must not show two thirds."""
     peaks = []
     student = picture_student(tmp_path)
     code = (
         "import resource, sys; from ard.cli import main; main(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    for count in (100, 800):
+    for count in (150, 1000):
         command = [
             sys.executable, "-c", code, "sample", "--student", str(student), "--out",
             str(tmp_path / str(count)), "--samples", str(count), "--batch-size", "50", "--precision", "no",
@@ -167,4 +167,4 @@ def test_memory_holds_a_batch_and_not_the_result(tmp_path: Path) -> None:
         peaks.append(int(done.stdout.split()[-1]) * scale)
         with np.load(tmp_path / str(count) / "samples.npz") as found:
             assert found["arr_0"].shape == (count, 256, 256, 3)
-    assert peaks[1] - peaks[0] < 70e6, peaks
+    assert peaks[1] - peaks[0] < 110e6, peaks

@@ -88,6 +88,7 @@ def _in_force(variant: str) -> Iterator[str]:
     name, _, instruction_set = backend.partition(" with ")
     if instruction_set:
         assert native.C is not None
+        before = native.C.instruction_set()  # the best, or what ARD_KERNELS_ISA names
         native.C.use_instruction_set(instruction_set)
     precision = torch.get_float32_matmul_precision()
     torch.set_default_device(device or None)  # not "cpu", a mode that torch.compile must trace
@@ -100,7 +101,7 @@ def _in_force(variant: str) -> Iterator[str]:
         torch.set_float32_matmul_precision(precision)
         torch.set_default_device(None)
         if instruction_set:
-            native.C.use_instruction_set(native.C.instruction_sets()[0])
+            native.C.use_instruction_set(before)
 
 
 @pytest.fixture(
@@ -132,11 +133,9 @@ def _nothing_in_force(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
-# Where they were not built, the tests of "native" fail and say so. AMX is chosen by name alone: its tests are
-# slow ones, and its emulation is in every run.
+# Where they were not built, the tests of "native" fail and say so.
 _INSTRUCTION_SETS = [
-    pytest.param(f"native with {name}", marks=pytest.mark.slow if name == "amx" else ())
-    for name in ([] if native.C is None else native.C.instruction_sets())
+    f"native with {name}" for name in ([] if native.C is None else native.C.instruction_sets())
 ]
 
 

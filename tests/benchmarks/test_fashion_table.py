@@ -40,7 +40,7 @@ def test_a_small_table(
 ) -> None:
     command = (
         f"fashion_table --out {tmp_path} --iterations 2 --samples 8 --held-out 8 --batch-size 4 --seeds 2 "
-        "--rows s1-n0 s4-n2-causal --jobs 1 --points 2 --no-compile"
+        "--rows s1-n0 s4-n2-causal --jobs 1 --points 2 --no-compile --precision no"
     )
     monkeypatch.setattr(sys, "argv", command.split())
     main()
