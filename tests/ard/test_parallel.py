@@ -42,7 +42,7 @@ def _process(kind: str) -> None:
     """What each of two processes does."""
     dist.init_process_group("gloo")
     _compare(kind)
-    # The last owner of a process group waits for its threads. DDP would hold the interpreter's lock meanwhile;
+    # The last owner of a process group waits for its threads. DDP would hold the interpreter's lock then, and
     # a mesh that FSDP2's modules still hold when the process ends would abort it.
     gc.collect()
     dist.destroy_process_group()
