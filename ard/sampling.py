@@ -34,7 +34,7 @@ from ard.sample_files import (
     read_parts,
     write_npz,
 )
-from ard.shards import Shards, worker, worker_device
+from ard.shards import Shards, began_with, worker, worker_device
 from ard_kernels.backends import forced
 
 
@@ -258,7 +258,6 @@ def run(config: SampleConfig) -> None:
     check_folder("sample", config.out)
     student, _ = load_student(config.student)
     device = worker_device()
-    config = replace(config, precision=settled(config.precision, device)[0])
     vae = _vae(config, student.channels, device)
     classes = torch.tensor(config.labels if config.labels else range(student.num_classes))
     check_labels("sample", classes, student.num_classes)
@@ -274,22 +273,25 @@ def run(config: SampleConfig) -> None:
         result = (result if vae is None else decode(vae, result)).cpu()
         return {"samples": result if config.latents else to_uint8(result).permute(0, 2, 3, 1).contiguous()}
 
-    manifest = {
+    options = {
         "format": FORMAT, "student": sha256(config.student / WEIGHTS), "samples": config.samples,
         "vae": None if config.vae is None else sha256(config.vae / VAE_WEIGHTS), "labels": config.labels,
         "latents": config.latents, "precision": config.precision, "seed": config.seed,
         "shard_size": config.batch_size,
     }  # fmt: skip
-    manifest = json.loads(json.dumps(manifest))
+    folder = parts_folder(config.out, options)  # the same for all processes, whatever "auto" comes to there
+    before = began_with(folder, "precision")
+    precision, why = settled(config.precision, device, config.out, before)
+    config = replace(config, precision=precision)
+    manifest = json.loads(json.dumps({**options, "precision": precision}))
     rank, world = worker()
-    folder = parts_folder(config.out, manifest)
     acquire(config.out, rank)
     try:
         parts = Shards.begin(folder, "sample", manifest)
         parts.fill(make, config.batch_size, "sample")
         with assembling(config.out, parts) as ours:
             if ours:
-                _assemble(config, parts, classes[torch.arange(config.samples) % len(classes)])
+                _assemble(config, parts, classes[torch.arange(config.samples) % len(classes)], why)
             elif folder.is_dir() and (count := missing(parts)):
                 print(f"rank {rank}: done; {count} of {len(parts)} parts are other processes'")
     finally:
@@ -298,7 +300,7 @@ def run(config: SampleConfig) -> None:
             discard_empty(config.out, folder)
 
 
-def _assemble(config: SampleConfig, parts: Shards, labels: Tensor) -> None:
+def _assemble(config: SampleConfig, parts: Shards, labels: Tensor, precision: dict[str, str]) -> None:
     from ard.runs import plain, versions  # here: it brings TensorBoard
 
     write_npz(config.out / "samples.npz", read_parts(parts), config.samples, labels)
@@ -307,7 +309,7 @@ def _assemble(config: SampleConfig, parts: Shards, labels: Tensor) -> None:
         shown = shown.permute(0, 3, 1, 2).float() / 127.5 - 1
     save_png(config.out / "samples.png", image_grid(shown, columns=min(10, config.samples)))
     rounding = None if config.latents else "nearest"  # of [-1, 1] to 0..255
-    record = {"config": plain(config), "rounding": rounding, "versions": versions()}
+    record = {"config": plain(config), "precision": precision, "rounding": rounding, "versions": versions()}
     write_json(config.out / "sample.json", record)
     print(f"samples: {config.out / 'samples.png'}, {config.out / 'samples.npz'}")
 

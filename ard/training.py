@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -355,6 +356,8 @@ def accelerator_for(o: Optimisation, unused: bool = False) -> Accelerator:
         raise ValueError(f"max_skipped is {o.max_skipped}, accepted is an integer >= 0")
     check_seed(o.seed, "optimisation")
     precision, _ = settled(o.precision, worker_device())
+    if precision == "fp16" and not torch.cuda.is_available():
+        warnings.warn("precision is 'fp16', which needs a GPU: this trains in float32", stacklevel=2)
     accelerator = Accelerator(
         mixed_precision="no" if precision == "tf32" else precision,
         cpu=not torch.cuda.is_available(),

@@ -110,12 +110,16 @@ def read_pickle(path: Path) -> Any:
     try:
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(_stand_ins()):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except OSError as error:
+        if error.filename is None:  # not the file system's, but of a reader that runs out of bytes
+            raise ValueError(f"{path}: damaged, or cut off ({error})") from None
         raise
     except Exception as error:  # whatever a stranger's bytes make an unpickler do
         # torch's own advice, to load it with its code after all, is left out.
         found = re.search(r"WeightsUnpickler error: (Unsupported \w+: )?(.*?)(\. |\n|$)", str(error))
         reason = (found[2] if found else str(error).partition("\n")[0]) or type(error).__name__
+        if reason.startswith("Weights only load failed"):
+            reason = "it holds objects that are no data"
         raise ValueError(
             f"{path}: refused, it is not a file of plain tensors ({reason[:160]}); accepted is a file of the "
             "weights alone: where the code that wrote it is trusted, torch.save(model.state_dict(), FILE)"

@@ -411,7 +411,7 @@ class DiT(nn.Module, Pretrained):
         Args:
             x: (B, C, h, w), the noisy latent, in the dtype of the weights or under autocast.
             t: (B,), time in [0, 1000); fractions are allowed.
-            labels: (B,) int64 or int32 in 0..num_classes (num_classes: no class). Their range is not checked.
+            labels: (B,) int64 or int32 in 0..num_classes (num_classes: no class).
 
         Returns:
             (B, C or 2C, h, w).
@@ -421,6 +421,8 @@ class DiT(nn.Module, Pretrained):
         """
         shape = (self.channels, *self.input_size)
         check_inputs("DiT", self.pos_embed, shape, {"x": x, "t": t, "labels": labels})
+        if labels.device.type == "cpu":  # on a GPU the host would wait for the values
+            check_labels("DiT", labels, self.num_classes + self.null_class)
         return self.features(x, self.condition(t, labels))[0]
 
 

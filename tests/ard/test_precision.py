@@ -166,3 +166,16 @@ def test_every_command_that_runs_a_network_leaves_the_precision_to_the_machine()
         ("demo", "train-teacher", "record", "encode", "distill", "finetune", "sample", "evaluate", "diagnose",
          "train-classifier"), "auto",
     )  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 trains on a GPU")
+def test_fp16_without_a_gpu_says_that_it_is_float32(recording: RecordConfig, tmp_path: Path) -> None:
+    """To the bit: accelerate has no autocast for it on CPUs."""
+    o = Optimisation(iterations=2, batch_size=4, sample_every=0)
+    config = DistillConfig(recording.teacher, tmp_path / "no", recording.out, history_layers=2)
+    distill(replace(config, optimisation=replace(o, precision="no")))
+    AcceleratorState._reset_state()
+    with pytest.warns(UserWarning, match="fp16', which needs a GPU: this trains in float32"):
+        distill(replace(config, out=tmp_path / "fp16", optimisation=replace(o, precision="fp16")))
+    one, two = ((tmp_path / name / "student/model.safetensors").read_bytes() for name in ("no", "fp16"))
+    assert one == two

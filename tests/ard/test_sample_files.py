@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from ard import sampling
+from ard import precision, sampling
 from ard.checkpoints import save_student
 from ard.models import ARDTransformer, DiT
 from ard.sample_files import write_npz
@@ -115,6 +116,27 @@ def test_a_damaged_part_is_made_again(student: Path, alone: Path, tmp_path: Path
     part.write_bytes(data)
     run(SampleConfig(student, tmp_path / "out", samples=_SAMPLES, batch_size=_BATCH, precision="no"))
     _assert_same(tmp_path / "out", alone)
+
+
+def test_samples_that_move_to_another_kind_of_machine_keep_their_precision(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed where bf16 is fast, or shared with a process of another kind: bf16 to the end, and said."""
+    wanted = SampleConfig(student, tmp_path / "wanted", samples=12, batch_size=4, precision="bf16")
+    run(wanted)
+    moved = replace(wanted, out=tmp_path / "moved", precision="auto")
+    monkeypatch.setattr(precision, "prefers_bf16", lambda device: (True, "so says the test"))
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")  # one of two: it makes every other part
+        run(moved)
+    assert not (moved.out / "samples.npz").exists()
+    monkeypatch.setattr(precision, "prefers_bf16", lambda device: (False, "so says the test"))
+    capsys.readouterr()
+    run(moved)
+    assert "precision stays 'bf16', begun so" in capsys.readouterr().out
+    _assert_same(moved.out, wanted.out)
+    found = json.loads((moved.out / "sample.json").read_text())["precision"]
+    assert (found["asked"], found["resolved"]) == ("auto", "bf16")
 
 
 def test_numpy_reads_what_is_written_in_parts(tmp_path: Path) -> None:

@@ -301,3 +301,15 @@ def test_folders_of_sharded_training_say_what_makes_a_file(tmp_path: Path) -> No
         convert(ConvertConfig(tmp_path / "dcp", tmp_path / "t"))
     dcp_to_torch_save(tmp_path / "dcp", tmp_path / "w.pt")  # what that command calls
     assert bits(tmp_path / "w.pt", plain())
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_file_that_is_cut_off_is_named(legacy: bool, tmp_path: Path) -> None:
+    path = tmp_path / "whole.pt"
+    torch.save({"x": torch.zeros(5000)}, path, _use_new_zipfile_serialization=not legacy)
+    whole = path.read_bytes()
+    for length in (0, 100, 5000, len(whole) - 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"whole\.pt: ") as error:
+            read_checkpoint(path)
+        assert "\n" not in str(error.value)
