@@ -64,9 +64,6 @@ def _log(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-# -- one pass ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def players(config: FinetuneConfig) -> Players:
     """After the warm-up, in evaluation mode: spectral norms stand still."""
@@ -182,9 +179,6 @@ def test_the_power_iteration_advances_once_a_step(players: Players) -> None:
     players(*_batch(players), 0)
     assert torch.equal(norm._u, once._u)
     assert not parametrize._cache
-
-
-# -- a run ---------------------------------------------------------------------------------------------------
 
 
 def test_only_the_discriminator_learns_in_the_warm_up(config: FinetuneConfig, tmp_path: Path) -> None:

@@ -35,9 +35,6 @@ _SHORT = Optimisation(
 _WARMUP = 3  # steps of the GAN stage without a gradient for the student
 
 
-# -- what holds of a folder ----------------------------------------------------------------------------------
-
-
 def _no_constant(name: str) -> None:
     raise AssertionError(f"{name} in a log")
 
@@ -128,9 +125,6 @@ def _check_case(config: Any, fault: Fault, lead: bool = True) -> None:
         assert len(_moved(out, last + 1)) > 10
         shutil.rmtree(out)
     wait()
-
-
-# -- the matrix ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
