@@ -15,6 +15,7 @@ from ard import (
     costs,
     demo,
     diagnosis,
+    distilling,
     encoding,
     evaluation,
     finetuning,
@@ -30,7 +31,7 @@ _COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "train-teacher": (training.TrainTeacherConfig, training.train_teacher),
     "record": (trajectories.RecordConfig, trajectories.record),
     "encode": (encoding.EncodeConfig, encoding.encode),
-    "distill": (training.DistillConfig, training.distill),
+    "distill": (distilling.DistillConfig, distilling.distill),
     "finetune": (finetuning.FinetuneConfig, finetuning.finetune),
     "sample": (sampling.SampleConfig, sampling.run),
     "evaluate": (

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ard.checkpoints import write_json
 from ard.models import PRESETS, ARDTransformer, DiT
 from ard.models.dit import _TIME_FREQUENCIES
+from ard.models.history import gate_columns
 from ard_kernels import BlockLayout
 from ard_kernels.flops import attention_macs
 from ard_kernels.layout import Mask
@@ -64,7 +65,10 @@ def student_macs(config: dict[str, Any], batch: int = 1) -> Macs:
     """
     teacher, steps, depth = config["teacher"], config["steps"], config["teacher"]["depth"]
     layout, history = BlockLayout.uniform(steps, _tokens(teacher)), config["history_layers"]
-    attention = history * attention_macs(layout, config["mask"], teacher["width"])
+    width = teacher["width"]
+    if config.get("gated_history") and steps > 1:
+        width += teacher["heads"] * gate_columns(width // teacher["heads"], steps)
+    attention = history * attention_macs(layout, config["mask"], width)
     attention += (depth - history) * attention_macs(layout, "diagonal", teacher["width"])
     return _macs(teacher, batch, batch * steps, steps, attention, teacher["channels"])
 

@@ -34,6 +34,7 @@ from ard.checkpoints import (
 from ard.costs import dit_macs, student_macs
 from ard.data import CLASSES, check_counts, check_seed
 from ard.diffusion import Diffusion, guided
+from ard.distilling import DistillConfig, distill
 from ard.evaluation import FEWEST, EvaluateConfig, evaluate, evaluate_checkpoints
 from ard.models import DiT
 from ard.pictures import image_grid
@@ -41,7 +42,7 @@ from ard.precision import Precision, settled
 from ard.runs import Run, begun, read_log, versions
 from ard.sampling import sample
 from ard.shards import worker_device
-from ard.training import DistillConfig, Optimisation, distill
+from ard.training import Optimisation
 from ard.trajectories import RecordConfig, TrajectoryStore, record
 
 

@@ -151,6 +151,42 @@ class Diffusion:
             return x - sigma * upward, x + alpha * upward
         return alpha * x - sigma * prediction, sigma * x + alpha * prediction
 
+    def transition(self, t: int, following: int | None) -> tuple[float, float]:
+        """DDIM's step from time t to an earlier one: (a, b), with which a x_t + b prediction stands there.
+
+        Args:
+            t: the time of x, in 0..timesteps-1.
+            following: the time of the result, in 0..t-1; None: the image.
+
+        Raises:
+            ValueError: a time that is none of these.
+        """
+        if not 0 <= t < self.timesteps or not (following is None or 0 <= following < t):
+            raise ValueError(
+                f"Diffusion: transition from time {t} to {following}, accepted are times in "
+                f"0..{self.timesteps - 1}, the second one earlier, or None for the image"
+            )
+        alpha, sigma = float(self.alpha[t]), float(self.sigma[t])
+        signal, noise = 1.0, 0.0
+        if following is not None:
+            signal, noise = float(self.alpha[following]), float(self.sigma[following])
+        if self.prediction == "eps":
+            return signal / alpha, noise - signal * sigma / alpha
+        if self.prediction == "x0":
+            return noise / sigma, signal - noise * alpha / sigma
+        if self.prediction == "velocity":  # alpha + sigma is 1
+            upward = noise * alpha - signal * sigma
+            return signal + noise, upward if self.schedule == "flow-to-noise" else -upward
+        return signal * alpha + noise * sigma, noise * alpha - signal * sigma
+
+    def student_steps(self, levels: Sequence[int]) -> tuple[list[float], list[tuple[float, float]]]:
+        """What a student does whose input states stand at these times, descending: what the network is told
+        at each (`network_time`), and the `transition` from each to the next one, from the last to the image.
+        """
+        told = self.network_time(torch.tensor(list(levels))).tolist()
+        pairs = zip(levels, [*levels[1:], None], strict=True)
+        return [float(t) for t in told], [self.transition(t, following) for t, following in pairs]
+
     def _flow_time(self, sigma: Tensor) -> Tensor:
         """What a flow's network calls the time of noise level `sigma`."""
         assert self.time_scale is not None

@@ -19,20 +19,13 @@ from torch.nn.utils import parametrize
 from ard.checkpoints import WEIGHTS, load_student, load_teacher, save_student, sha256
 from ard.data import DEBIAN_FOLDER, Stream, index_noise, index_uniform, open_images, shuffled
 from ard.diffusion import Diffusion
+from ard.distilling import live_trajectories, student_preview
 from ard.losses import adaptive_weight, adversarial_loss, discriminator_loss, trajectory_loss
 from ard.models import ARDTransformer, DiT
 from ard.models.discriminator import Discriminator
 from ard.runs import Run, checkpoints
 from ard.sampling import sample
-from ard.training import (
-    Batch,
-    Optimisation,
-    accelerator_for,
-    fit,
-    live_trajectories,
-    settled_options,
-    student_preview,
-)
+from ard.training import Batch, Optimisation, accelerator_for, fit, settled_options
 from ard.trajectories import Trajectories, TrajectoryStore
 
 

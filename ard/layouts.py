@@ -74,6 +74,8 @@ def released_checkpoint(model: DiT | ARDTransformer) -> dict[str, Any]:
     _require("time_frequencies", dit["time_frequencies"], "dit", layout)
     _require("null_class", dit["null_class"], True, layout)
     _require("mask", model.mask if model.history_layers else "causal", "causal", layout)
+    _require("head", model.head, "direct", layout)
+    _require("gated_history", model.history_gates is not None, False, layout)
     _require("times", model.times.tolist(), student_times(model.steps).tolist(), layout)
     tensors = _to_released(model)
     ours = {"config": {**model.config, "per_step_final": True}, "trajectories": model.trajectories}

@@ -97,6 +97,15 @@ def begun(folder: Path, config: Any, option: str) -> Any:
         return {**_absent(config), **_options(read_json(path)["config"])}[option]
 
 
+def found(folder: Path, name: str) -> Any:
+    """What the run in a folder found out as it began, such as its "states"; None where it did not."""
+    path = folder / "run.json"
+    if not path.exists():
+        return None
+    with describing(path, "run"):
+        return read_json(path).get(name)
+
+
 def _absent(config: Any) -> dict[str, Any]:
     """What a run did whose run.json lacks an option, by the option's name.
 
@@ -149,6 +158,7 @@ class Run:
         main: whether this process writes (rank 0).
         inputs: sha256 of what lies at an option that is a path, by the option's name; it may be moved.
         precision: what was asked for, what that came to and why, as the run began.
+        states: which states its student steps over, see `found`.
 
     Until it is closed no other process can open it.
     """
@@ -161,6 +171,7 @@ class Run:
         main: bool = True,
         inputs: Mapping[str, str] | None = None,
         precision: Mapping[str, str] | None = None,
+        states: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.main = folder, main
         self._log: Any = None
@@ -169,7 +180,7 @@ class Run:
         if main:
             acquire(folder)
         try:
-            self._begin(command, config, inputs, precision)
+            self._begin(command, config, inputs, {"precision": precision, "states": states})
         except BaseException:
             self.close()
             raise
@@ -179,7 +190,7 @@ class Run:
         command: str,
         config: Any,
         inputs: Mapping[str, str] | None,
-        precision: Mapping[str, str] | None,
+        begins: Mapping[str, Any],
     ) -> None:
         folder, main = self.folder, self.main
         contents = {name: f"sha256:{value}" for name, value in (inputs or {}).items()}
@@ -203,8 +214,8 @@ class Run:
             if changed and main:
                 write_json(path, {**found, **wanted})
         elif main:
-            begins = {} if precision is None else {"precision": precision}
-            write_json(path, {**wanted, **begins, "versions": versions()})
+            known = {name: value for name, value in begins.items() if value is not None}
+            write_json(path, {**wanted, **known, "versions": versions()})
 
     def save_checkpoint(self, step: int, groups: Mapping[str, Mapping[str, Tensor]], keep: int) -> None:
         """Every group of tensors in a file of its own, in a folder that appears complete or not at all."""

@@ -11,7 +11,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,31 +21,26 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedTy
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ard.checkpoints import load_teacher, load_weights, save_student, save_teacher
+from ard.checkpoints import load_weights, save_teacher
 from ard.data import (
     DEBIAN_FOLDER,
     Dataset,
     Images,
-    Stream,
     check_counts,
     check_seed,
     index_noise,
-    index_uniform,
     load_images,
     shuffled,
 )
-from ard.diffusion import Diffusion, Prediction, Schedule, Solver, guided
+from ard.diffusion import Diffusion, Prediction, Schedule, guided
 from ard.finite import check_finite
-from ard.losses import denoising_loss, trajectory_loss
-from ard.models import ARDTransformer, DiT
+from ard.losses import denoising_loss
+from ard.models import DiT
 from ard.pictures import image_grid, save_png
-from ard.precision import Precision, settled, tf32
+from ard.precision import settled, tf32
 from ard.runs import Run, begun, checkpoints, newest_checkpoint
-from ard.sampling import sample
 from ard.shards import worker_device
 from ard.skipping import Skips
-from ard.trajectories import LiveTrajectories, SolverConfig, State, Trajectories, TrajectoryStore
-from ard_kernels.layout import Mask
 
 Batch = tuple[Tensor, ...]
 Fetch = Callable[[range], Batch]
@@ -463,134 +458,3 @@ def train_teacher(config: TrainTeacherConfig) -> None:
     if accelerator.is_main_process:
         save_teacher(config.out / "teacher", model, diffusion, weights)
         print(f"teacher: {config.out / 'teacher'}")
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """The regression stage: a student that predicts every next state of recorded trajectories from all
-    earlier ones.
-
-    history_layers 0 is step distillation, steps 1 is knowledge distillation.
-    """
-
-    teacher: Path
-    """Folder of the teacher that made the trajectories; the student starts from its weights."""
-    out: Path
-    """Folder of the run. The student goes to its subfolder `student`. A run that is there is continued."""
-    trajectories: Path | None = None
-    """Folder that `ard record` wrote; without one the teacher makes trajectories while the student trains, no
-    two alike."""
-    solver: Solver = "ddim"
-    """Of trajectories made while training, by the teacher in --precision (fp16: float32): the solver."""
-    solver_steps: int = 25
-    """Likewise, its steps."""
-    guidance: float = 1.5
-    """Likewise, the scale of classifier-free guidance; 1: none."""
-    guided_channels: int | None = None
-    """Likewise, guide the first so many channels only (3 for the public DiT); default: all."""
-    steps: int = 4
-    """S, the student's steps."""
-    history_layers: int = 6
-    """N, how many of the lowest layers see earlier states."""
-    mask: Mask = "causal"
-    """Which earlier states they see."""
-    per_step_final: bool = True
-    """One final layer per step, or one shared by all."""
-    state: State = "x0"
-    """Intermediate states: the teacher's predictions of the clean image, or its noisy latents."""
-    grid: tuple[int, ...] | None = None
-    """Solver positions of the S+1 states, descending from the noise to 0; default: the released recipe's."""
-    rollout: float = 0.0
-    """Share of samples trained on the student's own states in place of the teacher's, the targets staying the
-    teacher's. Not in the paper; 0: teacher forced, as there."""
-    optimisation: Optimisation = field(default_factory=Optimisation)
-    """How the weights are optimised."""
-
-
-# How trajectories are made while training, and the defaults.
-_LIVE = {
-    f.name: f.default
-    for f in fields(DistillConfig)
-    if f.name in ("solver", "solver_steps", "guidance", "guided_channels")
-}
-
-
-def _trajectories(config: DistillConfig) -> Trajectories:
-    if config.trajectories is not None:
-        given = {name: getattr(config, name) for name in _LIVE}
-        if ignored := [f"{name} is {value}" for name, value in given.items() if value != _LIVE[name]]:
-            raise ValueError(f"{', '.join(ignored)}, but the trajectories of {config.trajectories} are made "
-                             "already; accepted is either")  # fmt: skip
-        return TrajectoryStore(config.trajectories)
-    return live_trajectories(config.teacher, vars(config), config.optimisation)
-
-
-def live_trajectories(teacher: Path, made: Mapping[str, Any], o: Optimisation) -> LiveTrajectories:
-    """Trajectories that the teacher makes while a student trains, by the solver and guidance of `made`."""
-    options = {name: made.get(name, default) for name, default in _LIVE.items()}
-    precision: Precision = "no" if o.precision == "fp16" else o.precision
-    return LiveTrajectories(
-        teacher, SolverConfig(**options, dtype="float32", precision=precision, seed=o.seed)
-    )
-
-
-def distill(config: DistillConfig) -> None:
-    o, precision = settled_options(config.optimisation, config.out)
-    config = replace(config, optimisation=o)
-    if not 0 <= config.rollout <= 1:
-        raise ValueError(f"rollout is {config.rollout}, accepted is a share in [0, 1]")
-    accelerator = accelerator_for(o)
-    store = _trajectories(config)
-    teacher, _ = load_teacher(config.teacher)
-    store.check_teacher(config.teacher)
-    grid = store.grid(config.steps, config.grid)
-    if config.state == "xt" and store.manifest["solver_steps"] - 1 in grid:
-        raise ValueError(f"grid is {grid}, of which position {grid[1]} is the noise itself in xt states; "
-                         "accepted is a grid without it, or --state x0")  # fmt: skip
-    student = ARDTransformer.from_teacher(
-        teacher, config.steps, config.history_layers, config.mask, config.per_step_final
-    )
-    student.checkpointing = o.checkpointing
-    if o.compile:
-        student.compile()
-    inputs = {"teacher": store.manifest["teacher"], "trajectories": store.identity()}
-    run = Run(config.out, "distill", config, accelerator.is_main_process, inputs, precision)
-
-    def fetch(positions: range) -> Batch:
-        where = torch.arange(positions.start, positions.stop)
-        chosen = index_uniform(where, o.seed, Stream.ROLLOUT) < config.rollout
-        return *store.states(store.order(positions, o.seed), grid, config.state), chosen
-
-    def loss_of(model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        states, labels, chosen = batch
-        inputs = states[:, :-1]
-        if config.rollout and chosen.any():  # the latter waits for the GPU
-            with accelerator.autocast():
-                own = sample(student, states[chosen, 0], labels[chosen], cuda_graph=False)
-            inputs = inputs.clone()
-            inputs[chosen, 1:] = own[:, :-1]
-        loss, terms = trajectory_loss(model(inputs, labels), states)
-        return loss, {"terms": terms}
-
-    preview = student_preview(store, grid, config.state, accelerator)
-    weights = fit(run, accelerator, student, o, fetch, loss_of, preview)
-    if accelerator.is_main_process:
-        save_student(config.out / "student", student, store.summary(grid, config.state), weights)
-        print(f"student: {config.out / 'student'}")
-
-
-def student_preview(
-    store: Trajectories, grid: tuple[int, ...], state: State, accelerator: Accelerator
-) -> Callable[[nn.Module], Tensor]:
-    """A student's picture for `fit`: its results above the teacher's, from the same noise."""
-
-    def preview(student: nn.Module) -> Tensor:
-        assert isinstance(student, ARDTransformer)
-        path, labels = store.states(torch.arange(min(10, len(store))), grid, state)
-        noise, labels = path[:, 0].to(accelerator.device), labels.to(accelerator.device)
-        with accelerator.autocast():
-            made = sample(student, noise, labels, cuda_graph=False)
-        rows = torch.stack([made[:, -1].cpu(), path[:, -1]]).flatten(0, 1)
-        return image_grid(rows, columns=len(labels))
-
-    return preview

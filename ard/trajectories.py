@@ -267,6 +267,11 @@ class Trajectories(ABC):
         """The same for the same trajectories, wherever they lie."""
         return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
+    def levels(self, grid: tuple[int, ...]) -> list[int]:
+        """The teacher's times at which the xt states at all positions of `grid` but the last stand."""
+        times: list[int] = self.manifest["times"]
+        return [times[min(position, len(times) - 1)] for position in grid[:-1]]
+
     def grid(self, steps: int, asked: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """The S+1 solver positions of the student's states, from the noise down to 0.
 

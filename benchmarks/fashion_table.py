@@ -33,12 +33,13 @@ from ard.checkpoints import load_teacher, read_json, write_json, write_text
 from ard.costs import dit_macs, student_macs
 from ard.data import to_uint8
 from ard.diffusion import guided
+from ard.distilling import DistillConfig, distill
 from ard.evaluation import Judged, evaluate_checkpoints
 from ard.features import Statistics, classifier_extractor
 from ard.finetuning import FinetuneConfig, finetune
 from ard.models import ARDTransformer
 from ard.sampling import sample
-from ard.training import DistillConfig, Optimisation, distill
+from ard.training import Optimisation
 from ard.trajectories import RecordConfig, TrajectoryStore, record
 from ard_kernels.layout import Mask
 from benchmarks.common import environment, medians

@@ -2,6 +2,10 @@
 
 A backbone's layer makes q, k and v and hands them to a history, which alone knows the blocks. Both histories
 give a layer below `depth` the mask and every layer above it the diagonal.
+
+Where a student has gates (`HistoryGates`), a key of an earlier block weighs `gate` times what it would
+without: log(gate) is added to its scores. That goes through the operators as further columns of q and k, one
+for every block but the last, which cost nothing where the kernels pad the head dim anyway (72 to 80).
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ard_kernels import BlockLayout, block_attention, cached_block_attention
 from ard_kernels.layout import Mask
@@ -27,6 +31,56 @@ class History(Protocol):
         """q, k, v (B, tokens in this pass, H, Dh) -> the same shape."""
 
 
+# What a closed gate weighs: a thousand such keys are a hundredth of float32's epsilon beside an open one.
+_CLOSED = 1e-12
+
+
+class HistoryGates(nn.Module):
+    """How much a key of an earlier block weighs against one of the own, by layer, head and pair of blocks.
+
+    Attributes:
+        gates: (N, H, P) for the P = S(S-1)/2 pairs of a block and an earlier one: (1, 0), (2, 0), (2, 1), ...
+            1: as without gates; 0 and less: not at all, which is the start.
+    """
+
+    def __init__(self, layers: int, heads: int, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.gates = nn.Parameter(torch.zeros(layers, heads, steps * (steps - 1) // 2))
+
+    def forward(self) -> Tensor:
+        """(N, S, H, S-1) float32: what is added to the scores of queries of block i and keys of block j; 0
+        where j is not before i. A gate of 0 and less has the gradient by which it would open."""
+        gates = self.gates.float()
+        value = gates.detach().clamp(min=_CLOSED)
+        added = value.log() + (gates - gates.detach()) / value  # the second is 0, its derivative 1 / value
+        bias = added.new_zeros(*added.shape[:2], self.steps, self.steps - 1)
+        rows, columns = torch.tril_indices(self.steps, self.steps - 1, -1, device=bias.device)
+        bias[..., rows, columns] = added
+        return bias.transpose(1, 2)
+
+
+def gate_columns(head_dim: int, blocks: int) -> int:
+    """How many columns q, k and v get: one for every block but the last, and up to a multiple of 8."""
+    return blocks - 1 + -(head_dim + blocks - 1) % 8
+
+
+def _widened(x: Tensor, columns: Tensor) -> Tensor:
+    """(B, T, H, Dh), and (T, H or 1, E) for all samples -> (B, T, H, Dh + E)."""
+    return torch.cat([x, columns.to(x.dtype).expand(*x.shape[:3], -1)], -1)
+
+
+def _of_queries(bias: Tensor, head_dim: int, columns: int) -> Tensor:
+    """(..., S-1) -> (..., E): the columns of q; the scores that they make are scaled like the others."""
+    return nn.functional.pad(bias * head_dim**0.5, (0, columns - bias.shape[-1]))
+
+
+def _of_keys(layout: BlockLayout, columns: int, device: torch.device) -> Tensor:
+    """(T, 1, E): of every token a one in the column of its block."""
+    ones = torch.eye(layout.blocks, columns, device=device)
+    return torch.cat([row.expand(n, 1, -1) for row, n in zip(ones, layout.lengths, strict=True)])
+
+
 @dataclass(frozen=True)
 class TeacherForced:
     """All states in one pass."""
@@ -34,25 +88,46 @@ class TeacherForced:
     layout: BlockLayout
     depth: int = 0
     mask: Mask = "causal"
+    bias: Tensor | None = None
+    """Of `HistoryGates`."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return block_attention(q, k, v, self.layout, self.mask if layer < self.depth else "diagonal")
+        if layer >= self.depth:
+            return block_attention(q, k, v, self.layout, "diagonal")
+        if self.bias is None:
+            return block_attention(q, k, v, self.layout, self.mask)
+        head_dim, blocks = q.shape[-1], self.layout.blocks
+        extra = gate_columns(head_dim, blocks)
+        rows = _of_queries(self.bias[layer], head_dim, extra)  # (S, H, E)
+        added = torch.cat([row.expand(n, -1, -1) for row, n in zip(rows, self.layout.lengths, strict=True)])
+        keys = _of_keys(self.layout, extra, q.device)
+        out = block_attention(
+            _widened(q, added), _widened(k, keys), nn.functional.pad(v, (0, extra)), self.layout, self.mask,
+            scale=head_dim**-0.5,
+        )  # fmt: skip
+        return out[..., :head_dim]
 
 
 class KVCache:
     """One state a pass, in order; the `depth` lowest layers alone keep keys and values of the earlier ones.
 
-    Memory: 2 * depth * (B, T, H, Dh), allocated at once.
+    Memory: 2 * depth * (B, T, H, Dh), allocated at once; with a bias Dh is wider by its columns.
     """
 
     def __init__(
         self, trajectory: BlockLayout, depth: int, mask: Mask, batch: int, heads: int, head_dim: int,
-        dtype: torch.dtype, device: torch.device,
+        dtype: torch.dtype, device: torch.device, bias: Tensor | None = None,
     ) -> None:  # fmt: skip
-        self.trajectory, self.depth, self.mask = trajectory, depth, mask
-        shape = (depth, batch, trajectory.total, heads, head_dim)
+        self.trajectory, self.depth, self.mask, self.head_dim = trajectory, depth, mask, head_dim
+        extra = 0 if bias is None else gate_columns(head_dim, trajectory.blocks)
+        shape = (depth, batch, trajectory.total, heads, head_dim + extra)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
+        self.rows: Tensor | None = None
+        if bias is not None:
+            self.rows = _of_queries(bias, head_dim, extra)  # (N, S, H, E)
+            self.keys[..., head_dim:] = _of_keys(trajectory, extra, device)
+            self.values[..., head_dim:] = 0
         self.start(0)
 
     def start(self, block: int) -> None:
@@ -64,6 +139,12 @@ class KVCache:
         if layer >= self.depth:
             return block_attention(q, k, v, self.layout, "diagonal")
         keys, values = self.keys[layer], self.values[layer]
-        rows = self.trajectory.slice(self.block)
-        keys[:, rows], values[:, rows] = k, v
-        return cached_block_attention(q.to(keys.dtype), keys, values, self.trajectory, self.block, self.mask)
+        tokens = self.trajectory.slice(self.block)
+        keys[:, tokens, :, : self.head_dim], values[:, tokens, :, : self.head_dim] = k, v
+        q = q.to(keys.dtype)
+        if self.rows is not None:
+            q = _widened(q, self.rows[layer, self.block])
+        out = cached_block_attention(
+            q, keys, values, self.trajectory, self.block, self.mask, scale=self.head_dim**-0.5
+        )
+        return out[..., : self.head_dim]

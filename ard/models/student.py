@@ -21,7 +21,7 @@ from ard.models.dit import (
     run_layers,
     unpatchify,
 )
-from ard.models.history import KVCache, TeacherForced
+from ard.models.history import HistoryGates, KVCache, TeacherForced
 from ard.models.pretrained import Pretrained
 from ard_kernels import BlockLayout
 from ard_kernels.backends import autocast_dtype
@@ -46,6 +46,11 @@ class ARDTransformer(nn.Module, Pretrained):
         times: S times that the input states are conditioned on, on the teacher's scale and in its direction
             (`Diffusion.student_times`); default: those of the released recipe, for times in 0..999. Of a
             teacher that knows its process `from_teacher` takes that one's.
+        transitions: None: a head's output is the next state (the published student). S pairs (a, b): it is
+            what the teacher predicts at the state, and a state + b output is the next one, by the teacher's
+            first-order solver (`Diffusion.transition`), as which the student starts.
+        gated_history: whether keys of earlier blocks have learned weights that start at 0 (`HistoryGates`),
+            so that the student starts as one without history.
 
     Raises:
         ValueError: an argument that is none of these; the message names it.
@@ -60,17 +65,18 @@ class ARDTransformer(nn.Module, Pretrained):
     def __init__(
         self, teacher: dict[str, Any], steps: int = 4, history_layers: int = 6, mask: Mask = "causal",
         per_step_final: bool = True, times: Sequence[float] | None = None, teacher_class: str = "DiT",
+        transitions: Sequence[Sequence[float]] | None = None, gated_history: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         if teacher_class not in DiT.classes:
             raise ValueError(f"ARDTransformer: teacher_class is {teacher_class!r}, known here are "
                              f"{', '.join(DiT.classes)}; import the module that defines it")  # fmt: skip
         dit = DiT.classes[teacher_class](**teacher)
-        self._build(dit, steps, history_layers, mask, per_step_final, times)
+        self._build(dit, steps, history_layers, mask, per_step_final, times, transitions, gated_history)
 
     def _build(
         self, dit: DiT, steps: int, history_layers: int, mask: Mask, per_step_final: bool,
-        times: Sequence[float] | None,
+        times: Sequence[float] | None, transitions: Sequence[Sequence[float]] | None, gated_history: bool,
     ) -> None:  # fmt: skip
         if not is_integer(steps):
             raise ValueError(f"ARDTransformer: steps is {steps!r}, accepted is an integer >= 1")
@@ -78,18 +84,26 @@ class ARDTransformer(nn.Module, Pretrained):
             raise ValueError(f"ARDTransformer: history_layers is {history_layers!r}, accepted are "
                              f"0..{dit.depth} (integers), the teacher's layers")  # fmt: skip
         check_mask(mask, "ARDTransformer")
-        if not isinstance(per_step_final, bool):
-            raise ValueError(f"ARDTransformer: per_step_final is {per_step_final!r}, accepted are True and "
-                             "False")  # fmt: skip
+        for name, flag in {"per_step_final": per_step_final, "gated_history": gated_history}.items():
+            if not isinstance(flag, bool):
+                raise ValueError(f"ARDTransformer: {name} is {flag!r}, accepted are True and False")
         if times is not None and not _are_times(times, steps):
             raise ValueError(f"ARDTransformer: times is {times!r}, accepted are {steps} (steps) finite "
                              "numbers")  # fmt: skip
+        if transitions is not None and not _are_transitions(transitions, steps):
+            raise ValueError(f"ARDTransformer: transitions is {transitions!r}, accepted are {steps} (steps) "
+                             "pairs of finite numbers")  # fmt: skip
         self.config: dict[str, Any] = {
             "teacher": dit.config, "steps": steps, "history_layers": history_layers, "mask": mask,
             "per_step_final": per_step_final,
         }  # fmt: skip
         if times is not None:
             self.config["times"] = [float(t) for t in times]
+        self.transitions = None if transitions is None else [(float(a), float(b)) for a, b in transitions]
+        if self.transitions is not None:
+            self.config["transitions"] = [[*pair] for pair in self.transitions]
+        if gated_history:
+            self.config["gated_history"] = True
         if type(dit) is not DiT:
             self.config["teacher_class"] = type(dit).__name__
         self.steps, self.history_layers, self.mask = steps, history_layers, mask
@@ -105,6 +119,8 @@ class ARDTransformer(nn.Module, Pretrained):
         self.blocks = dit.blocks
         final = _without_variance(dit)
         self.final_layers = nn.ModuleList(copy.deepcopy(final) for _ in range(steps if per_step_final else 1))
+        gated = gated_history and history_layers > 0 and steps > 1
+        self.history_gates = HistoryGates(history_layers, dit.heads, steps) if gated else None
         told = student_times(steps) if times is None else torch.tensor(times, dtype=torch.float32)
         self.register_buffer("times", told.to(dit.pos_embed.device), persistent=False)
 
@@ -117,12 +133,17 @@ class ARDTransformer(nn.Module, Pretrained):
         mask: Mask = "causal",
         per_step_final: bool = True,
         times: Sequence[float] | None = None,
+        levels: Sequence[int] | None = None,
+        gated_history: bool = False,
     ) -> ARDTransformer:
         """A student with a copy of the teacher's weights, in every final layer without the variance half.
 
         Args:
             teacher: a DiT, which stays as it is.
-            steps, history_layers, mask, per_step_final, times: as for the class.
+            steps, history_layers, mask, per_step_final, times, gated_history: as for the class.
+            levels: for a student whose heads' output is the teacher's prediction: the teacher's times,
+                descending, at which its S input states (xt) stand. It is told those, and starts as the
+                teacher's first-order solver over them, by the teacher's `diffusion`.
 
         Returns:
             The student, on the teacher's device and in its dtype; all weights but the positions train.
@@ -134,12 +155,25 @@ class ARDTransformer(nn.Module, Pretrained):
             raise ValueError(
                 f"ARDTransformer.from_teacher: teacher is {type(teacher).__name__}, accepted is a DiT"
             )
-        if times is None and teacher.diffusion is not None and is_integer(steps):
+        transitions = None
+        if levels is not None:
+            if teacher.diffusion is None or times is not None:
+                given = "times is given, too" if times is not None else "the teacher's diffusion is not known"
+                raise ValueError(f"ARDTransformer.from_teacher: levels is {levels!r}, but {given}")
+            if not is_integer(steps) or len(levels) != steps:
+                raise ValueError(
+                    f"ARDTransformer.from_teacher: levels is {levels!r}, accepted are {steps} (steps)"
+                )
+            times, transitions = teacher.diffusion.student_steps(levels)
+        elif times is None and teacher.diffusion is not None and is_integer(steps):
             told = teacher.diffusion.student_times(steps)
             times = None if told == student_times(steps).tolist() else told
         student = cls.__new__(cls)
         nn.Module.__init__(student)
-        student._build(copy.deepcopy(teacher), steps, history_layers, mask, per_step_final, times)
+        student._build(
+            copy.deepcopy(teacher), steps, history_layers, mask, per_step_final, times, transitions,
+            gated_history,
+        )  # fmt: skip
         return student.requires_grad_(True)._freeze_positions()
 
     def _freeze_positions(self) -> ARDTransformer:
@@ -156,6 +190,11 @@ class ARDTransformer(nn.Module, Pretrained):
         from ard.checkpoints import write_student
 
         write_student(folder, self, self.trajectories)
+
+    @property
+    def head(self) -> str:
+        """ "solver" where the output is what the teacher predicts, "direct" where it is the next state."""
+        return "direct" if self.transitions is None else "solver"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ARDTransformer:
         times = self.times  # stay float32 whatever the weights become: bfloat16 has no 749.25, nor 999
@@ -191,8 +230,15 @@ class ARDTransformer(nn.Module, Pretrained):
         tokens = self.x_embedder(states.flatten(0, 1)) + self.pos_embed
         return tokens.unflatten(0, states.shape[:2]).flatten(1, 2)  # type: ignore[no-any-return]
 
-    def _predict(self, y: Tensor, step: int) -> Tensor:
-        return unpatchify(self._final(step).linear(y), self.grid, self.patch_size)
+    def _predict(self, y: Tensor, state: Tensor, step: int) -> Tensor:
+        linear = self._final(step).linear
+        if self.transitions is None:
+            return unpatchify(linear(y), self.grid, self.patch_size)
+        a, b = self.transitions[step]
+        # Not under autocast: of an eps teacher, b is -10 and its rounding error as many times larger.
+        with torch.autocast(y.device.type, enabled=False):
+            output = unpatchify(linear(y.to(linear.weight.dtype)), self.grid, self.patch_size)
+        return a * state + b * output  # in the wider of their dtypes
 
     def forward(self, states: Tensor, labels: Tensor) -> Tensor:
         """One teacher-forced pass over all states.
@@ -205,7 +251,7 @@ class ARDTransformer(nn.Module, Pretrained):
 
         Returns:
             (B, S, C, h, w), the predictions of states 1..S, in the dtype of the weights, under autocast in
-            its dtype.
+            its dtype; with transitions in that of the states, if it is wider.
 
         Raises:
             ValueError: a type, shape, dtype or device that does not fit; the message names it.
@@ -215,14 +261,17 @@ class ARDTransformer(nn.Module, Pretrained):
         if labels.device.type == "cpu":  # on a GPU the host would wait for the values
             check_labels("ARDTransformer", labels, self.num_classes)
         parts = self.trunk(states, labels).unflatten(1, (self.steps, -1)).unbind(1)
-        return torch.stack([self._predict(part, s) for s, part in enumerate(parts)], 1)
+        return torch.stack([self._predict(part, states[:, s], s) for s, part in enumerate(parts)], 1)
 
     def trunk(self, states: Tensor, labels: Tensor) -> Tensor:
         """`forward` up to the final linear layers: (B, S*L, D)."""
-        history = TeacherForced(self.layout, self.history_layers, self.mask)
+        history = TeacherForced(self.layout, self.history_layers, self.mask, self._history_bias())
         return run_layers(
             self.blocks, self.embed(states), self.modulation(labels), history, self.checkpointing
         )[0]
+
+    def _history_bias(self) -> Tensor | None:
+        return None if self.history_gates is None else self.history_gates()
 
     def cache(self, batch: int, device: torch.device) -> KVCache:
         """An empty cache for `step`. Nothing is checked here.
@@ -244,6 +293,7 @@ class ARDTransformer(nn.Module, Pretrained):
             self.width // self.heads,
             autocast_dtype(device) or self.pos_embed.dtype,
             device,
+            self._history_bias(),
         )
 
     def step(self, state: Tensor, step: int, tables: Sequence[Tensor], cache: KVCache) -> Tensor:
@@ -254,13 +304,20 @@ class ARDTransformer(nn.Module, Pretrained):
         cache.start(step)
         own = [table[:, step : step + 1] for table in tables]
         y, _ = run_layers(self.blocks, self.embed(state.unsqueeze(1)), own, cache)
-        return self._predict(y, step)
+        return self._predict(y, state, step)
 
 
 def _are_times(times: Sequence[float], steps: int) -> bool:
     try:
         return len(times) == steps and all(map(math.isfinite, times))
     except (TypeError, ValueError, RuntimeError, OverflowError):  # what has no length, or holds no numbers
+        return False
+
+
+def _are_transitions(transitions: Sequence[Sequence[float]], steps: int) -> bool:
+    try:
+        return len(transitions) == steps and all(_are_times(pair, 2) for pair in transitions)
+    except TypeError:
         return False
 
 

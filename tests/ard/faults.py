@@ -15,19 +15,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
-from ard import evaluation, finetuning, training
+from ard import distilling, evaluation, finetuning, training
+from ard.distilling import DistillConfig, distill
 from ard.evaluation import TrainClassifierConfig, train_classifier
 from ard.finetuning import FinetuneConfig, finetune
-from ard.training import (
-    Batch,
-    DistillConfig,
-    Optimisation,
-    TrainTeacherConfig,
-    accelerator_for,
-    distill,
-    fit,
-    train_teacher,
-)
+from ard.training import Batch, Optimisation, TrainTeacherConfig, accelerator_for, fit, train_teacher
 
 
 @dataclass(frozen=True)
@@ -89,7 +81,7 @@ def _faults(fault: Fault | None) -> Iterator[None]:
         return fit(run, accelerator, model, o, fetch, loss_of, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (training, finetuning, evaluation):
+        for module in (training, distilling, finetuning, evaluation):
             patch.setattr(module, "fit", with_fault)
         yield
 
@@ -111,5 +103,6 @@ def train(config: Any, fault: Fault | None) -> None:
     }[type(config)]  # fmt: skip
     AcceleratorState._reset_state()
     with _faults(fault), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "accelerator_for", _with_fp16)
+        for module in (training, distilling):
+            patch.setattr(module, "accelerator_for", _with_fp16)
         command(config)

@@ -23,9 +23,9 @@ from ard import cli, sampling
 from ard.checkpoints import load_student, load_teacher
 from ard.checks import check_local
 from ard.cli import main, parse
+from ard.distilling import DistillConfig, distill
 from ard.features import Statistics
 from ard.models import ARDTransformer
-from ard.training import DistillConfig, distill
 from ard.trajectories import RecordConfig, TrajectoryStore, record
 
 _COMMANDS = (

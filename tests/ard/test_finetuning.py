@@ -24,12 +24,13 @@ from torch.nn.utils import parametrize
 
 from ard.checkpoints import load_student
 from ard.diffusion import Diffusion
+from ard.distilling import DistillConfig, distill
 from ard.finetuning import FinetuneConfig, Players, finetune
 from ard.losses import adversarial_loss, discriminator_loss, trajectory_loss
 from ard.models import ARDTransformer
 from ard.runs import newest_checkpoint
 from ard.sampling import sample
-from ard.training import DistillConfig, Optimisation, distill
+from ard.training import Optimisation
 from ard.trajectories import LiveTrajectories, RecordConfig
 
 _SHORT = Optimisation(
@@ -210,7 +211,7 @@ def test_the_optimiser_has_every_trainable_weight_once(
 ) -> None:
     """In both stages; and every one of them moves."""
     seen: list[tuple[nn.Module, list[Tensor]]] = []
-    from ard import finetuning, training
+    from ard import distilling, finetuning
 
     def watch(run: Any, accelerator: Any, model: nn.Module, *rest: Any, **options: Any) -> Any:
         own = torch.optim.AdamW
@@ -228,8 +229,8 @@ def test_the_optimiser_has_every_trainable_weight_once(
         assert [n.rpartition(".")[2] for n in still] == ["pos_embed"]
         return result
 
-    fit = training.fit
-    monkeypatch.setattr(training, "fit", watch)
+    fit = finetuning.fit
+    monkeypatch.setattr(distilling, "fit", watch)
     monkeypatch.setattr(finetuning, "fit", watch)
     for shared in (True, False):
         distill(

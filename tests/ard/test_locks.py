@@ -15,8 +15,9 @@ from typing import IO
 import pytest
 
 from ard import locks
+from ard.distilling import DistillConfig, distill
 from ard.locks import acquire, release
-from ard.training import DistillConfig, Optimisation, distill
+from ard.training import Optimisation
 from ard.trajectories import RecordConfig, record
 
 _HOLD = (

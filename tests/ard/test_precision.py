@@ -16,9 +16,10 @@ from accelerate.state import AcceleratorState
 
 from ard import cli, precision, sampling
 from ard.diagnosis import DiagnoseConfig, diagnose
+from ard.distilling import DistillConfig, distill
 from ard.evaluation import EvaluateConfig, evaluate
 from ard.models.dit import DiTBlock
-from ard.training import DistillConfig, Optimisation, distill
+from ard.training import Optimisation
 from ard.trajectories import RecordConfig, TrajectoryStore, record
 
 Command = Callable[[str, RecordConfig, Path, Path], Any]
@@ -174,7 +175,9 @@ def test_fp16_without_a_gpu_says_that_it_is_float32(
     """To the bit: accelerate has no autocast for it on CPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # on a machine that has one, too
     o = Optimisation(iterations=2, batch_size=4, sample_every=0)
-    config = DistillConfig(recording.teacher, tmp_path / "no", recording.out, history_layers=2)
+    config = DistillConfig(
+        recording.teacher, tmp_path / "no", recording.out, history_layers=2, history_start="open"
+    )
     distill(replace(config, optimisation=replace(o, precision="no")))
     AcceleratorState._reset_state()
     with pytest.warns(UserWarning, match="fp16', which needs a GPU: this trains in float32"):

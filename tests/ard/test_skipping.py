@@ -20,12 +20,10 @@ from accelerate.state import AcceleratorState, PartialState
 from faults import Fault, train
 from safetensors.numpy import load_file
 
+from ard.distilling import DistillConfig, HistoryStart
 from ard.finetuning import FinetuneConfig
 from ard.runs import read_log
-from ard.training import (
-    DistillConfig,
-    Optimisation,
-)
+from ard.training import Optimisation
 from ard.trajectories import RecordConfig
 
 _SHORT = Optimisation(
@@ -139,7 +137,10 @@ def regression(recording: RecordConfig, tmp_path_factory: pytest.TempPathFactory
 
 def _config(stage: str, recording: Any, regression: Path, out: Path, o: Optimisation) -> Any:
     if stage == "distill":
-        return DistillConfig(recording.teacher, out, recording.out, history_layers=2, optimisation=o)
+        start: HistoryStart | None = "open" if o.precision == "fp16" else None
+        return DistillConfig(
+            recording.teacher, out, recording.out, history_layers=2, history_start=start, optimisation=o
+        )
     return FinetuneConfig(
         recording.teacher, regression, "digits", out, recording.out, gan_warmup=_WARMUP, history="teacher",
         optimisation=o,

@@ -19,17 +19,10 @@ from torch import Tensor, nn
 
 from ard import skipping, training
 from ard.checkpoints import read_tensors
+from ard.distilling import DistillConfig
 from ard.evaluation import TrainClassifierConfig
 from ard.runs import Run, checkpoints, read_log
-from ard.training import (
-    Batch,
-    DistillConfig,
-    Optimisation,
-    TrainTeacherConfig,
-    accelerator_for,
-    fit,
-    learning_rate,
-)
+from ard.training import Batch, Optimisation, TrainTeacherConfig, accelerator_for, fit, learning_rate
 from ard.trajectories import RecordConfig
 
 _SHORT = Optimisation(

@@ -22,23 +22,22 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
-from ard import training
+from ard import distilling, training
 from ard.checkpoints import load_student, load_teacher, read_tensors, write_tensors
 from ard.data import Stream, index_noise, index_uniform, shuffled
 from ard.diffusion import Schedule
+from ard.distilling import DistillConfig, distill
 from ard.losses import trajectory_loss
 from ard.models import ARDTransformer
 from ard.runs import Run
 from ard.sampling import sample
 from ard.training import (
     Batch,
-    DistillConfig,
     Optimisation,
     TrainTeacherConfig,
     _load_scaler,
     _scaler_tensors,
     accelerator_for,
-    distill,
     fit,
     learning_rate,
     train_teacher,
@@ -53,7 +52,11 @@ _SHORT = Optimisation(
 
 def _config(recording: RecordConfig, out: Path, o: Optimisation = _SHORT, **options: object) -> DistillConfig:
     return DistillConfig(
-        recording.teacher, out, recording.out, **{"history_layers": 2, **options}, optimisation=o
+        recording.teacher,
+        out,
+        recording.out,
+        **{"history_layers": 2, "head": "direct", **options},
+        optimisation=o,
     )  # type: ignore[arg-type]
 
 
@@ -84,7 +87,7 @@ def _command(recording: RecordConfig, out: Path) -> list[str]:
 
 def test_a_killed_run_ends_as_if_it_had_not_been(recording: RecordConfig, tmp_path: Path) -> None:
     """SIGKILL three times: in the writing of a checkpoint, and at random moments; then to the end."""
-    distill(_config(recording, tmp_path / "whole", _KILLED))
+    distill(_config(recording, tmp_path / "whole", _KILLED, head=None))
     out = tmp_path / "killed"
     checkpoints, rng = out / "checkpoints", random.Random(0)
     reached: list[str] = []
@@ -105,7 +108,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(recording: RecordConfig, tmp_pa
         assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
         reached += [path.name for path in checkpoints.glob("step-*")][-1:]
     assert reached == sorted(set(reached)), "a run that went on did not get further"
-    distill(_config(recording, out, _KILLED))
+    distill(_config(recording, out, _KILLED, head=None))
     for name in (
         "student/model.safetensors",
         "student/config.json",
@@ -287,7 +290,7 @@ def test_a_run_that_goes_on_lets_go_of_its_checkpoint(
     distill(config)
     loaded: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
-    load, preview = training.newest_checkpoint, training.image_grid
+    load, preview = training.newest_checkpoint, distilling.image_grid
 
     def loading(folder: Path) -> Any:
         found = load(folder)
@@ -300,7 +303,7 @@ def test_a_run_that_goes_on_lets_go_of_its_checkpoint(
         return preview(images, columns=columns)
 
     monkeypatch.setattr(training, "newest_checkpoint", loading)
-    monkeypatch.setattr(training, "image_grid", spied)
+    monkeypatch.setattr(distilling, "image_grid", spied)
     _stopped(tmp_path)
     distill(config)
     assert len(loaded) > 100
@@ -468,7 +471,7 @@ def test_a_flow_teacher_is_trained_and_distilled(tmp_path: Path, schedule: Sched
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     AcceleratorState._reset_state()
     config = DistillConfig(
-        tmp_path / "run" / "teacher", tmp_path / "student", solver_steps=4, history_layers=1,
+        tmp_path / "run" / "teacher", tmp_path / "student", solver_steps=4, history_layers=1, head="direct",
         optimisation=replace(_SHORT, iterations=1),
     )  # fmt: skip
     distill(config)
