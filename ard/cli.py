@@ -19,9 +19,9 @@ from ard import (
     encoding,
     evaluation,
     finetuning,
+    recording,
     sampling,
     training,
-    trajectories,
 )
 from ard.checks import check_paths
 from ard.shards import worker
@@ -29,7 +29,7 @@ from ard.shards import worker
 _COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "demo": (demo.DemoConfig, demo.demo),
     "train-teacher": (training.TrainTeacherConfig, training.train_teacher),
-    "record": (trajectories.RecordConfig, trajectories.record),
+    "record": (recording.RecordConfig, recording.record),
     "encode": (encoding.EncodeConfig, encoding.encode),
     "distill": (distilling.DistillConfig, distilling.distill),
     "finetune": (finetuning.FinetuneConfig, finetuning.finetune),

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ard.checkpoints import load_student, replacing, write_json
 from ard.data import Stream, check_counts, check_folder, check_seed, index_noise
+from ard.history_weights import weights_figure, weights_over_training
 from ard.models import ARDTransformer
 from ard.precision import PrecisionConfig, computing, settled
 from ard.runs import plain, versions
@@ -39,7 +40,8 @@ class DiagnoseConfig(PrecisionConfig):
     trajectories: Path
     """Store of held-out trajectories of the students' teacher (`ard record` with another seed)."""
     out: Path
-    """Folder of the report: diagnosis.json and diagnosis.png."""
+    """Folder of the report: diagnosis.json, diagnosis.png, and history.png where a student's history started
+    closed: what of it is open."""
     names: tuple[str, ...] = ()
     """What to call the students, one name each; default: their history, and their S and kind of state where
     these differ."""
@@ -168,6 +170,8 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
         perturbed         for each size and of `steps` 2..S, with the newest of the own states perturbed:
                           the error, and the gain: mean square of the prediction's change over that of
                           the perturbation
+        history_weights   (N, H, P) of a student whose history started closed, else None: what a key of an
+                          earlier block weighs, for the pairs of blocks (2, 1), (3, 1), (3, 2), ...
 
     Raises:
         ValueError: an argument that is not accepted, a student of another teacher than the trajectories', or
@@ -185,7 +189,7 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
     loaded = [load_student(folder) for folder in config.students]
     for folder, (student, trained) in zip(config.students, loaded, strict=True):
         store.of_student(folder, student, trained)
-    rows = []
+    rows, opened = [], {}
     with tqdm(total=count * len(loaded), desc="diagnose", unit="sample", mininterval=1.0) as bar:
         for folder, name, (student, trained) in zip(
             config.students, _names(config, loaded), loaded, strict=True
@@ -206,6 +210,7 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
             values = {key: torch.cat(some) for key, some in parts.items()}
             if not all(value.isfinite().all() for value in values.values()):
                 raise ValueError(f"{folder}: the student's predictions are not finite")
+            opened[name] = weights_over_training(folder)
             rows.append({
                 "name": name, "student": str(folder), "steps": student.steps,
                 "history_layers": student.history_layers, "mask": student.mask, "state": trained["state"],
@@ -218,11 +223,15 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
                      "gain": _statistics(values["gain"][:, k])}
                     for k, size in enumerate(config.sizes)
                 ],
+                "history_weights": opened[name][-1][1].tolist() if opened[name] else None,
             })  # fmt: skip
     report = {"students": rows, "samples": count, "config": plain(config), "versions": versions()}
     write_json(config.out / "diagnosis.json", report)
     with replacing(config.out / "diagnosis.png") as temporary:
         _picture(report).savefig(temporary, format="png", dpi=130)
+    if any(opened.values()):
+        with replacing(config.out / "history.png") as temporary:
+            weights_figure(opened).savefig(temporary, format="png", dpi=130)
     return report
 
 

@@ -30,7 +30,7 @@ from ard.data import check_counts, check_seed, index_noise, shuffled
 from ard.diffusion import Solver, check_solver, guided
 from ard.models import ARDTransformer
 from ard.precision import PrecisionConfig, computing, settled
-from ard.shards import DTYPES, MANIFEST, Shards, StoredDtype, began_with, worker, worker_device
+from ard.shards import DTYPES, MANIFEST, Shards, StoredDtype, worker_device
 
 State = Literal["x0", "xt"]
 _FORMAT = 1
@@ -61,38 +61,7 @@ class SolverConfig(PrecisionConfig):
     """Seed of the noise."""
 
 
-@dataclass(frozen=True)
-class RecordConfig(SolverConfig):
-    """Record a teacher's trajectories. A store with the same options is continued; processes may share the
-    work."""
-
-    teacher: Path
-    """Folder of the teacher."""
-    out: Path
-    """Folder of the store."""
-    samples: int = 6000
-    """How many trajectories. Sample i has class i mod num_classes, its noise depends on (seed, i) alone."""
-    keep: Literal["fifth", "all"] | tuple[int, ...] = "fifth"
-    """Solver positions kept besides the noise and the result."""
-    shard_size: int = 1000
-    """Samples per file."""
-
-
-def _kept(config: RecordConfig) -> tuple[int, ...]:
-    if config.keep == "fifth":
-        chosen = {i for i in range(1, config.solver_steps) if i % 5 == 0}
-    elif config.keep == "all":
-        chosen = set(range(1, config.solver_steps))
-    else:
-        chosen = set(config.keep)
-        if not chosen <= set(range(1, config.solver_steps)):
-            raise ValueError(
-                f"record: keep is {config.keep}, accepted are positions 1..{config.solver_steps - 1}"
-            )
-    return tuple(sorted(chosen, reverse=True))
-
-
-class _Maker:
+class Maker:
     """A teacher with its solver: sample indices -> trajectories. `where` is who reports errors."""
 
     def __init__(self, teacher: Path, config: SolverConfig, where: str) -> None:
@@ -147,20 +116,6 @@ class _Maker:
                 f"{self.config.dtype!r}, precision {self.config.precision!r}; try --dtype float32"
             )
         return {"labels": labels, **stored}
-
-
-def record(config: RecordConfig) -> None:
-    check_counts("record", samples=config.samples, shard_size=config.shard_size)
-    began = began_with(config.out, "precision")
-    precision, _ = settled(config.precision, worker_device(), config.out, began)
-    config = replace(config, precision=precision)
-    maker = _Maker(config.teacher, config, "record")
-    kept = _kept(config)
-    manifest = maker.manifest(kept, samples=config.samples, shard_size=config.shard_size)
-    shards = Shards.begin(config.out, "record", manifest)
-    shards.fill(lambda indices: maker.make(indices, kept), config.batch_size, "sample")
-    if worker()[0] == 0:
-        print(f"trajectories: {config.out} ({config.samples} samples)")
 
 
 def _checked(where: str, state: str) -> State:
@@ -337,7 +292,7 @@ class LiveTrajectories(Trajectories):
         if samples is not None:
             check_counts("LiveTrajectories", samples=samples)
         self.folder = teacher
-        self._maker = _Maker(teacher, config, "LiveTrajectories")
+        self._maker = Maker(teacher, config, "LiveTrajectories")
         self.manifest = self._maker.manifest(range(config.solver_steps - 1, 0, -1), samples=samples)
 
     def _states(self, indices: Tensor, grid: tuple[int, ...], state: State) -> tuple[Tensor, Tensor]:

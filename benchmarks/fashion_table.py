@@ -38,9 +38,10 @@ from ard.evaluation import Judged, evaluate_checkpoints
 from ard.features import Statistics, classifier_extractor
 from ard.finetuning import FinetuneConfig, finetune
 from ard.models import ARDTransformer
+from ard.recording import RecordConfig, record
 from ard.sampling import sample
 from ard.training import Optimisation
-from ard.trajectories import RecordConfig, TrajectoryStore, record
+from ard.trajectories import TrajectoryStore
 from ard_kernels.layout import Mask
 from benchmarks.common import environment, medians
 

@@ -13,7 +13,8 @@ from tiny import randomise, tiny_teacher
 from ard.checkpoints import save_student, save_teacher
 from ard.diffusion import Diffusion
 from ard.models import ARDTransformer
-from ard.trajectories import RecordConfig, TrajectoryStore, record
+from ard.recording import RecordConfig, record
+from ard.trajectories import TrajectoryStore
 
 
 @pytest.fixture(autouse=True)

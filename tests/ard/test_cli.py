@@ -26,7 +26,8 @@ from ard.cli import main, parse
 from ard.distilling import DistillConfig, distill
 from ard.features import Statistics
 from ard.models import ARDTransformer
-from ard.trajectories import RecordConfig, TrajectoryStore, record
+from ard.recording import RecordConfig, record
+from ard.trajectories import TrajectoryStore
 
 _COMMANDS = (
     "demo", "train-teacher", "record", "encode", "distill", "finetune", "sample", "evaluate", "diagnose",

@@ -25,10 +25,28 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_report_has_every_picture_and_row(out: Path) -> None:
     report, result = (out / "report.html").read_text(), read_json(out / "demo.json")
-    assert report.count("data:image/png;base64,") == len([*(out / "pictures").iterdir()]) == 5
-    assert len(result["rows"]) == 6
+    assert report.count("data:image/png;base64,") == len([*(out / "pictures").iterdir()]) == 7
+    assert len(result["rows"]) == 8
     assert all(row["name"] in report for row in result["rows"])
     assert all(f"{row['frechet']:.2f}" in report for row in result["rows"])
+
+
+def test_ours_starts_as_the_teachers_solver_and_the_published_recipe_elsewhere(out: Path) -> None:
+    """After 4 iterations without warm-up: near the untrained solver; direct heads are far from anything."""
+    result = read_json(out / "demo.json")
+    rows = {row["name"]: row for row in result["rows"]}
+    untrained = rows["solver, untrained"]
+    for name in ("ours, no history", "ours, history (N=8)"):
+        assert rows[name]["errors"][-1] < 2 * untrained["errors"][-1]
+        assert [point["step"] for point in result["curves"][name]] == [0, 4]
+        assert result["curves"][name][0]["errors"] == untrained["errors"]
+        assert rows[name]["training_seconds"] > 0
+    assert rows["published recipe, ARD (N=8)"]["errors"][-1] > 5 * untrained["errors"][-1]
+    student, trained = load_student(out / "ours-history" / "student")
+    assert (student.head, trained["grid"], trained["state"]) == ("solver", result["grid"], "xt")
+    published, trained = load_student(out / "published" / "student")
+    assert (published.head, published.history_gates, trained["state"]) == ("direct", None, "x0")
+    assert trained["grid"] == [25, 15, 10, 5, 0]
 
 
 def test_the_embedded_students_show_what_history_and_gan_do(out: Path) -> None:

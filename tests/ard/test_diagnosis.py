@@ -22,7 +22,8 @@ from ard.data import Stream, index_noise
 from ard.diagnosis import DiagnoseConfig, _picture, diagnose, perturbed_rollout, print_report
 from ard.diffusion import Diffusion
 from ard.models import ARDTransformer
-from ard.trajectories import RecordConfig, State, TrajectoryStore, record
+from ard.recording import RecordConfig, record
+from ard.trajectories import State, TrajectoryStore
 
 _SIZES = (0.3, 0.1)
 Make = Callable[..., Path]

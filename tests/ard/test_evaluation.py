@@ -34,8 +34,9 @@ from ard.evaluation import (
 from ard.features import Extractor, Statistics, classifier_extractor, extract, load_classifier
 from ard.metrics import precision_recall
 from ard.models import ARDTransformer, DiT
+from ard.recording import RecordConfig, record
 from ard.training import Optimisation
-from ard.trajectories import RecordConfig, TrajectoryStore, record
+from ard.trajectories import TrajectoryStore
 
 
 def test_moments_are_those_of_the_samples() -> None:

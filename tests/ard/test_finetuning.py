@@ -28,10 +28,11 @@ from ard.distilling import DistillConfig, distill
 from ard.finetuning import FinetuneConfig, Players, finetune
 from ard.losses import adversarial_loss, discriminator_loss, trajectory_loss
 from ard.models import ARDTransformer
+from ard.recording import RecordConfig
 from ard.runs import newest_checkpoint
 from ard.sampling import sample
 from ard.training import Optimisation
-from ard.trajectories import LiveTrajectories, RecordConfig
+from ard.trajectories import LiveTrajectories
 
 _SHORT = Optimisation(
     iterations=6, batch_size=16, lr=1e-3, ema=0.9, precision="no", log_every=1, checkpoint_every=3,

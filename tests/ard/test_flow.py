@@ -20,7 +20,8 @@ from ard import sample
 from ard.checkpoints import load_student, load_teacher, save_student, save_teacher
 from ard.diffusion import Denoiser, Diffusion, Prediction, Schedule, Solver, guided
 from ard.models import ARDTransformer
-from ard.trajectories import RecordConfig, TrajectoryStore, record
+from ard.recording import RecordConfig, record
+from ard.trajectories import TrajectoryStore
 
 _FLOWS: tuple[Schedule, ...] = ("flow-to-noise", "flow-to-data")
 _M, _S = 0.7, 0.5

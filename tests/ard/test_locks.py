@@ -17,8 +17,8 @@ import pytest
 from ard import locks
 from ard.distilling import DistillConfig, distill
 from ard.locks import acquire, release
+from ard.recording import RecordConfig, record
 from ard.training import Optimisation
-from ard.trajectories import RecordConfig, record
 
 _HOLD = (
     "import time; from pathlib import Path; from ard.locks import acquire; acquire(Path({!r}), {}); "

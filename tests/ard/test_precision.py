@@ -19,8 +19,9 @@ from ard.diagnosis import DiagnoseConfig, diagnose
 from ard.distilling import DistillConfig, distill
 from ard.evaluation import EvaluateConfig, evaluate
 from ard.models.dit import DiTBlock
+from ard.recording import RecordConfig, record
 from ard.training import Optimisation
-from ard.trajectories import RecordConfig, TrajectoryStore, record
+from ard.trajectories import TrajectoryStore
 
 Command = Callable[[str, RecordConfig, Path, Path], Any]
 

@@ -23,8 +23,9 @@ from ard.checkpoints import load_student, load_teacher, save_student
 from ard.data import Stream, index_noise, to_uint8
 from ard.evaluation import EvaluateConfig, evaluate
 from ard.models import ARDTransformer
+from ard.recording import RecordConfig
 from ard.sampling import SampleConfig, run
-from ard.trajectories import RecordConfig, TrajectoryStore
+from ard.trajectories import TrajectoryStore
 from ard_kernels import use_backend
 
 

@@ -22,9 +22,9 @@ from safetensors.numpy import load_file
 
 from ard.distilling import DistillConfig, HistoryStart
 from ard.finetuning import FinetuneConfig
+from ard.recording import RecordConfig
 from ard.runs import read_log
 from ard.training import Optimisation
-from ard.trajectories import RecordConfig
 
 _SHORT = Optimisation(
     iterations=12, batch_size=8, lr=1e-3, ema=0.9, precision="no", log_every=1, checkpoint_every=1,

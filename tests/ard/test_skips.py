@@ -21,9 +21,9 @@ from ard import skipping, training
 from ard.checkpoints import read_tensors
 from ard.distilling import DistillConfig
 from ard.evaluation import TrainClassifierConfig
+from ard.recording import RecordConfig
 from ard.runs import Run, checkpoints, read_log
 from ard.training import Batch, Optimisation, TrainTeacherConfig, accelerator_for, fit, learning_rate
-from ard.trajectories import RecordConfig
 
 _SHORT = Optimisation(
     iterations=12, batch_size=8, lr=1e-2, ema=0.8, precision="no", log_every=1, checkpoint_every=1,

@@ -29,6 +29,7 @@ from ard.diffusion import Schedule
 from ard.distilling import DistillConfig, distill
 from ard.losses import trajectory_loss
 from ard.models import ARDTransformer
+from ard.recording import RecordConfig, record
 from ard.runs import Run
 from ard.sampling import sample
 from ard.training import (
@@ -42,7 +43,7 @@ from ard.training import (
     learning_rate,
     train_teacher,
 )
-from ard.trajectories import RecordConfig, TrajectoryStore, record
+from ard.trajectories import TrajectoryStore
 
 _SHORT = Optimisation(
     iterations=6, batch_size=8, lr=1e-3, ema=0.9, precision="no", log_every=2, checkpoint_every=3,

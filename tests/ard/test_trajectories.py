@@ -22,8 +22,10 @@ from torch import Tensor
 from ard.checkpoints import load_teacher, read_json, save_teacher, write_json
 from ard.data import index_noise
 from ard.diffusion import Diffusion, Solver, guided
+from ard.grids import chosen_grid
 from ard.models import DiT
-from ard.trajectories import LiveTrajectories, RecordConfig, SolverConfig, TrajectoryStore, record
+from ard.recording import RecordConfig, record
+from ard.trajectories import LiveTrajectories, SolverConfig, TrajectoryStore
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -373,3 +375,26 @@ def test_samples_and_states_that_are_not_there_are_named(store: TrajectoryStore)
     with pytest.raises(ValueError, match="summary: state is 'bogus', accepted are 'x0', 'xt'"):
         store.summary((25, 0), "bogus")  # type: ignore[arg-type]
     assert TrajectoryStore(str(store.folder)).manifest == store.manifest
+
+
+def test_the_states_of_a_number_of_steps_are_kept(
+    teacher: Path, recording: RecordConfig, tmp_path: Path
+) -> None:
+    """Those that would be chosen among all, beside the others; a store that goes on keeps its own."""
+    every = replace(recording, out=tmp_path / "every", samples=64, keep="all")
+    record(every)
+    grid, _ = chosen_grid(load_teacher(teacher)[0], TrajectoryStore(every.out), 3)
+    some = replace(recording, out=tmp_path / "some", samples=64, steps=3)
+    record(some)
+    kept = TrajectoryStore(some.out).manifest["kept"]
+    assert set(kept) == {20, 15, 10, 5} | set(grid[1:-1])
+    assert chosen_grid(load_teacher(teacher)[0], TrajectoryStore(some.out), 3)[0] == grid
+    (some.out / "shard-000002.safetensors").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ard.recording.chosen_grid", lambda *given, **more: pytest.fail("chosen again"))
+        record(some)
+    assert TrajectoryStore(some.out).manifest["kept"] == kept
+    with pytest.raises(ValueError, match="steps"):
+        record(replace(some, steps=4))
+    with pytest.raises(ValueError, match="steps is 30"):
+        record(replace(some, out=tmp_path / "none", steps=30))
