@@ -154,8 +154,11 @@ def _settled_states(
 
 
 def distill(config: DistillConfig) -> None:
-    o, precision = settled_options(config.optimisation, config.out)
-    config = _settled_head(replace(config, optimisation=o))
+    config = _settled_head(config)
+    o, precision = settled_options(
+        config.optimisation, config.out, "cosine" if config.head == "solver" else "constant"
+    )
+    config = replace(config, optimisation=o)
     state: State = "x0" if config.state == "x0" else "xt"
     if not 0 <= config.rollout <= 1:
         raise ValueError(f"rollout is {config.rollout}, accepted is a share in [0, 1]")

@@ -44,6 +44,7 @@ from ard.skipping import Skips
 
 Batch = tuple[Tensor, ...]
 Fetch = Callable[[range], Batch]
+LrSchedule = Literal["constant", "cosine"]
 LossOf = Callable[[nn.Module, Batch, int], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -59,8 +60,9 @@ class Optimisation:
     """Forward passes per optimiser step; the batch is divided among them."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after the warm-up: constant, or a cosine to zero at the last step."""
+    lr_schedule: LrSchedule | None = field(default=None, metadata={"absent": "constant"})
+    """Learning rate after the warm-up: constant, or a cosine to zero at the last step. Default: constant; of
+    `ard distill --head solver` cosine."""
     warmup: int = 0
     """Steps of linear warm-up."""
     weight_decay: float = 0.0
@@ -322,10 +324,17 @@ def _with_weights(model: nn.Module, ema: _EMA, use: Callable[[nn.Module], Tensor
                 p.copy_(own[name])
 
 
-def settled_options(o: Optimisation, out: Path) -> tuple[Optimisation, dict[str, str]]:
-    """The options with the precision that they come to in the run of a folder, and the record of it."""
+def settled_options(
+    o: Optimisation, out: Path, lr_schedule: LrSchedule = "constant"
+) -> tuple[Optimisation, dict[str, str]]:
+    """The options with what their defaults come to in the run of a folder, and the record of the precision.
+
+    Args:
+        lr_schedule: the default where there is no run yet.
+    """
     precision, record = settled(o.precision, worker_device(), out, begun(out, o, "precision"))
-    return replace(o, precision=precision), record
+    schedule = o.lr_schedule or begun(out, o, "lr_schedule") or lr_schedule
+    return replace(o, precision=precision, lr_schedule=schedule), record
 
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
