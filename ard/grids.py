@@ -88,7 +88,8 @@ def chosen_grid(
         The grid (`Trajectories.grid`), and the entry.
 
     Raises:
-        ValueError: more steps than the positions allow, or a grid that `Trajectories.grid` does not accept.
+        ValueError: more steps than the positions allow, a grid that `Trajectories.grid` does not accept, or
+            an entry that is no time before the grid's second state.
     """
     manifest = store.manifest
     top = manifest["solver_steps"]
@@ -111,4 +112,7 @@ def chosen_grid(
             teacher, diffusion, states.to(device), labels.to(device), levels, entries
         )
     path = best_path(errors, steps)
+    if errors[0, path[1]].isinf():
+        raise ValueError(f"entry is {entry}, accepted are times later than that of the next state, "
+                         f"{levels[path[1]]}")  # fmt: skip
     return tuple(positions[i] for i in path), chosen[path[1]]

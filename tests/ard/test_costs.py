@@ -68,8 +68,10 @@ def test_teacher_formula_is_the_count(batch: int, learn_sigma: bool) -> None:
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("steps", "layers"), [(1, 0), (2, 1), (3, 3), (5, 2)])
 def test_student_formula_is_both_counts(mask: Mask, steps: int, layers: int) -> None:
-    for per_step_final in (True, False):
-        student = ARDTransformer.from_teacher(_meta_dit(), steps, layers, mask, per_step_final)
+    for shared, gated in ((False, False), (True, False), (False, True)):
+        student = ARDTransformer.from_teacher(
+            _meta_dit(), steps, layers, mask, not shared, gated_history=gated
+        )
         for batch in (1, 3):
             total = student_macs(student.config, batch).total
             assert total == count_training_pass(student, batch) == count_sampling(student, batch)

@@ -45,7 +45,11 @@ def pipe(student: Path) -> ARDPipeline:
 @pytest.fixture(scope="module")
 def latent_pipe() -> ARDPipeline:
     """A student of 4 channels with a VAE that doubles the size and makes colours."""
-    student = ARDTransformer.from_teacher(tiny_teacher(channels=4, input_size=14), steps=2, history_layers=1)
+    teacher = tiny_teacher(channels=4, input_size=14)
+    teacher.diffusion = Diffusion()
+    student = ARDTransformer.from_teacher(
+        teacher, steps=2, history_layers=1, levels=[900, 500], gated_history=True
+    )
     torch.manual_seed(0)
     vae = AutoencoderKL(
         3, 3, ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2, (8, 8), latent_channels=4,
