@@ -120,7 +120,9 @@ class ARDTransformer(nn.Module, Pretrained):
         final = _without_variance(dit)
         self.final_layers = nn.ModuleList(copy.deepcopy(final) for _ in range(steps if per_step_final else 1))
         gated = gated_history and history_layers > 0 and steps > 1
-        self.history_gates = HistoryGates(history_layers, dit.heads, steps) if gated else None
+        self.history_gates = None
+        if gated:
+            self.history_gates = HistoryGates(history_layers, dit.heads, steps).to(dit.pos_embed)
         told = student_times(steps) if times is None else torch.tensor(times, dtype=torch.float32)
         self.register_buffer("times", told.to(dit.pos_embed.device), persistent=False)
 
