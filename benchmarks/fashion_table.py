@@ -218,7 +218,7 @@ def _train(config: TableConfig, row: Row, seed: int) -> None:
             distill(
                 DistillConfig(
                     ASSETS / "teacher", out, config.out / "trajectories", steps=row.steps,
-                    history_layers=row.history_layers, mask=row.mask, rollout=row.rollout,
+                    history_layers=row.history_layers, mask=row.mask, rollout=row.rollout, head="direct",
                     optimisation=_optimisation(config, seed, gan=False),
                 )
             )  # fmt: skip
