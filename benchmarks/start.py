@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -244,8 +245,10 @@ def main() -> None:
     if not config.collect:
         _record(config)
         _untrained(config)
-        runs = [partial(_train, config, row, seed) for seed in range(config.seeds) for row in _chosen(config)]
-        side_by_side([runs], config.jobs, "start")
+        stages: list[list[Callable[[], None]]] = [
+            [partial(_train, config, row, seed) for seed in range(config.seeds) for row in _chosen(config)]
+        ]
+        side_by_side(stages, config.jobs, "start")
     result = _collect(config)
     write_json(config.out / "start.json", result)
     write_text(config.out / "start.md", _markdown(result))
