@@ -43,7 +43,11 @@ _SHORT = Optimisation(
 @pytest.fixture(scope="module")
 def regression(recording: RecordConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("regression") / "run"
-    distill(DistillConfig(recording.teacher, out, recording.out, history_layers=2, optimisation=_SHORT))
+    distill(
+        DistillConfig(
+            recording.teacher, out, recording.out, history_layers=2, head="direct", optimisation=_SHORT
+        )
+    )
     AcceleratorState._reset_state()
     return out
 

@@ -124,7 +124,7 @@ def test_a_run_that_moves_to_another_kind_of_machine_keeps_its_precision(
 ) -> None:  # fmt: skip
     """Its bits are those of a run that never moved, and it says what it keeps."""
     began, other = ("bf16", "no") if fast else ("no", "bf16")
-    o = Optimisation(iterations=2, batch_size=4, checkpoint_every=1, sample_every=0)
+    o = Optimisation(iterations=2, batch_size=4, checkpoint_every=1, sample_every=0, lr_schedule="constant")
     config = DistillConfig(recording.teacher, tmp_path / "moved", recording.out, optimisation=o)
     _machine(monkeypatch, fast)
     distill(replace(config, history_layers=2, out=tmp_path / "stayed"))

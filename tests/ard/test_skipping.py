@@ -28,7 +28,7 @@ from ard.training import Optimisation
 
 _SHORT = Optimisation(
     iterations=12, batch_size=8, lr=1e-3, ema=0.9, precision="no", log_every=1, checkpoint_every=1,
-    keep_checkpoints=99, sample_every=0,
+    keep_checkpoints=99, sample_every=0, lr_schedule="constant",
 )  # fmt: skip
 _WARMUP = 3  # steps of the GAN stage without a gradient for the student
 

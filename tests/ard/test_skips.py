@@ -256,7 +256,7 @@ def test_the_other_commands_leave_out_steps_too(command: str, tmp_path: Path) ->
 
 
 def test_patience_is_no_other_configuration(recording: RecordConfig, tmp_path: Path) -> None:
-    o = replace(_SHORT, iterations=1)
+    o = replace(_SHORT, iterations=1, lr_schedule="constant")
     config = DistillConfig(recording.teacher, tmp_path, recording.out, history_layers=2, optimisation=o)
     train(config, None)
     train(replace(config, optimisation=replace(o, iterations=2, max_skipped=0)), None)

@@ -191,3 +191,13 @@ def test_an_eps_teacher_is_entered_where_it_errs_less(tmp_path: Path) -> None:
     candidates = [t for t in live.manifest["times"] if t > following]
     assert entry == min(candidates, key=error)
     assert chosen_grid(teacher, live, 4, grid, 999)[1] == 999
+
+
+def test_it_is_one_graph_for_torch_compile() -> None:
+    torch._dynamo.reset()
+    teacher = tiny_teacher()
+    teacher.diffusion = Diffusion()
+    student = ARDTransformer.from_teacher(teacher, 4, 2, levels=_LEVELS, gated_history=True)
+    states, labels = torch.randn(2, 4, 1, 28, 28), torch.tensor([1, 2])
+    compiled = torch.compile(student, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(states, labels), student(states, labels))
