@@ -199,6 +199,8 @@ def fit(
         initial: folder of an earlier run, from whose newest checkpoint the first part starts.
         ramp: whether the average forgets the weights that it starts from, see `Optimisation.ema`.
 
+    A module of the model that has a method `constrain` is called so after every step (`HistoryGates`).
+
     A step whose loss or gradient is not finite is left out on all processes, see `Skips`: the stream of
     samples goes on, weights, averages and the optimiser stay as they are. The log counts such steps as
     "skipped".
@@ -232,6 +234,7 @@ def fit(
             "folder that all share"
         )
     bare = model
+    constrained: list[Any] = [module for module in model.modules() if hasattr(module, "constrain")]
     model, optimiser = accelerator.prepare(model, optimiser)
     model.train()
     run.open_log(start)
@@ -247,6 +250,8 @@ def fit(
             done = step + 1
             skips.judge(done, seen["loss"], norms, partial(ema.update, step) if moved else lambda: None)
             optimiser.step()
+            for module in constrained:
+                module.constrain()
             optimiser.zero_grad(set_to_none=True)
             bar.update()
             logs, keeps = (

@@ -48,6 +48,12 @@ class HistoryGates(nn.Module):
         self.steps = steps
         self.gates = nn.Parameter(torch.zeros(layers, heads, steps * (steps - 1) // 2))
 
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """What an optimiser's step has made less than 0 becomes 0, from where it can open at any time. `fit`
+        does this after every step; a loop of one's own should."""
+        self.gates.clamp_(min=0)
+
     def forward(self) -> Tensor:
         """(N, S, H, S-1) float32: what is added to the scores of queries of block i and keys of block j; 0
         where j is not before i. A gate of 0 and less has the gradient by which it would open."""

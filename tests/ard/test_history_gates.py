@@ -161,4 +161,6 @@ def test_gates_open_in_training() -> None:
         optimiser.zero_grad()
         (TeacherForced(layout, 1, "causal", gates()).attend(0, q, k, v) - expected).square().mean().backward()
         optimiser.step()
+        gates.constrain()
+        assert gates.gates.min() >= 0
     torch.testing.assert_close(gates.gates, wanted.gates, rtol=0, atol=0.05)
