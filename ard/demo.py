@@ -41,12 +41,11 @@ from ard.demo_report import (
 from ard.diffusion import Diffusion, guided
 from ard.distilling import DistillConfig, Head, distill
 from ard.evaluation import FEWEST, EvaluateConfig, evaluate, evaluate_checkpoints
-from ard.grids import chosen_grid
 from ard.history_weights import weights_figure, weights_over_training
 from ard.models import ARDTransformer, DiT
 from ard.precision import Precision, settled
 from ard.recording import RecordConfig, record
-from ard.runs import Run, begun, checkpoints, versions
+from ard.runs import Run, begun, checkpoints, found, versions
 from ard.sampling import sample
 from ard.shards import worker_device
 from ard.training import Optimisation
@@ -126,7 +125,7 @@ def _trained(config: DemoConfig) -> list[_Trained]:
     ]
 
 
-def _student_config(config: DemoConfig, student: _Trained, grid: tuple[int, ...] | None) -> DistillConfig:
+def _student_config(config: DemoConfig, student: _Trained) -> DistillConfig:
     every = -(-config.iterations // config.curve_points)
     optimisation = Optimisation(
         iterations=config.iterations,
@@ -149,7 +148,6 @@ def _student_config(config: DemoConfig, student: _Trained, grid: tuple[int, ...]
         steps=config.steps,
         history_layers=student.history_layers,
         head=student.head,
-        grid=grid if student.head == "solver" else None,
         optimisation=optimisation,
     )
 
@@ -212,9 +210,10 @@ def _demo(config: DemoConfig, teacher: DiT, diffusion: Diffusion, began: float) 
                 shard_size=config.held_out, seed=config.seed + 1)
     )  # fmt: skip
     store = TrajectoryStore(held_out)
-    grid, levels = _states(config, teacher)
     trained = _trained(config)
-    seconds = {one.name: _timed(_student_config(config, one, grid)) for one in trained}
+    seconds = {one.name: _timed(_student_config(config, one)) for one in trained}
+    states_of_ours = found(config.out / "ours", "states")  # which both of ours chose
+    grid, levels = tuple(states_of_ours["grid"]), states_of_ours["levels"]
     untrained = "solver, untrained"
     student = ARDTransformer.from_teacher(teacher, config.steps, 0, levels=levels)
     save_student(config.out / "untrained", student, store.summary(grid, "xt"))
@@ -295,15 +294,3 @@ def _demo(config: DemoConfig, teacher: DiT, diffusion: Diffusion, began: float) 
     write_text(config.out / "report.html", page(config.steps, result, pictures, captions))
     print(table(result))
     print(f"report: {config.out / 'report.html'}")
-
-
-def _states(config: DemoConfig, teacher: DiT) -> tuple[tuple[int, ...], list[int]]:
-    """The grid of our students, and the times at which its states stand."""
-    store = TrajectoryStore(config.out / "trajectories")
-    path = config.out / "states.json"
-    if not path.exists():
-        grid, entry = chosen_grid(teacher, store, config.steps, precision=config.precision)
-        write_json(path, {"grid": grid, "entry": entry})
-    states = read_json(path)
-    grid = tuple(states["grid"])
-    return grid, [states["entry"], *store.levels(grid)[1:]]

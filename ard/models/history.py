@@ -65,6 +65,25 @@ class HistoryGates(nn.Module):
         bias[..., rows, columns] = added
         return bias.transpose(1, 2)
 
+    def columns(self, layout: BlockLayout, head_dim: int) -> GateColumns:
+        """The columns that add this to the scores of a trajectory of this layout."""
+        bias, count = self(), gate_columns(head_dim, layout.blocks)
+        queries = nn.functional.pad(bias * head_dim**0.5, (0, count - bias.shape[-1]))
+        ones = torch.eye(layout.blocks, count, device=bias.device)
+        keys = [row.expand(n, 1, -1) for row, n in zip(ones, layout.lengths, strict=True)]
+        return GateColumns(queries, torch.cat(keys))
+
+
+@dataclass(frozen=True)
+class GateColumns:
+    """What gates add to q and k, once for all layers of a pass. The scores that they make are scaled like the
+    others."""
+
+    queries: Tensor
+    """(N, S, H, E), of every layer and block."""
+    keys: Tensor
+    """(T, 1, E): of every token a one in the column of its block."""
+
 
 def gate_columns(head_dim: int, blocks: int) -> int:
     """How many columns q, k and v get: one for every block but the last, and up to a multiple of 8."""
@@ -76,17 +95,6 @@ def _widened(x: Tensor, columns: Tensor) -> Tensor:
     return torch.cat([x, columns.to(x.dtype).expand(*x.shape[:3], -1)], -1)
 
 
-def _of_queries(bias: Tensor, head_dim: int, columns: int) -> Tensor:
-    """(..., S-1) -> (..., E): the columns of q; the scores that they make are scaled like the others."""
-    return nn.functional.pad(bias * head_dim**0.5, (0, columns - bias.shape[-1]))
-
-
-def _of_keys(layout: BlockLayout, columns: int, device: torch.device) -> Tensor:
-    """(T, 1, E): of every token a one in the column of its block."""
-    ones = torch.eye(layout.blocks, columns, device=device)
-    return torch.cat([row.expand(n, 1, -1) for row, n in zip(ones, layout.lengths, strict=True)])
-
-
 @dataclass(frozen=True)
 class TeacherForced:
     """All states in one pass."""
@@ -94,22 +102,18 @@ class TeacherForced:
     layout: BlockLayout
     depth: int = 0
     mask: Mask = "causal"
-    bias: Tensor | None = None
-    """Of `HistoryGates`."""
+    columns: GateColumns | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if layer >= self.depth:
             return block_attention(q, k, v, self.layout, "diagonal")
-        if self.bias is None:
+        if self.columns is None:
             return block_attention(q, k, v, self.layout, self.mask)
-        head_dim, blocks = q.shape[-1], self.layout.blocks
-        extra = gate_columns(head_dim, blocks)
-        rows = _of_queries(self.bias[layer], head_dim, extra)  # (S, H, E)
+        head_dim, rows = q.shape[-1], self.columns.queries[layer]  # (S, H, E)
         added = torch.cat([row.expand(n, -1, -1) for row, n in zip(rows, self.layout.lengths, strict=True)])
-        keys = _of_keys(self.layout, extra, q.device)
         out = block_attention(
-            _widened(q, added), _widened(k, keys), nn.functional.pad(v, (0, extra)), self.layout, self.mask,
-            scale=head_dim**-0.5,
+            _widened(q, added), _widened(k, self.columns.keys), nn.functional.pad(v, (0, rows.shape[-1])),
+            self.layout, self.mask, scale=head_dim**-0.5,
         )  # fmt: skip
         return out[..., :head_dim]
 
@@ -117,23 +121,21 @@ class TeacherForced:
 class KVCache:
     """One state a pass, in order; the `depth` lowest layers alone keep keys and values of the earlier ones.
 
-    Memory: 2 * depth * (B, T, H, Dh), allocated at once; with a bias Dh is wider by its columns.
+    Memory: 2 * depth * (B, T, H, Dh), allocated at once; with gates Dh is wider by their columns.
     """
 
     def __init__(
         self, trajectory: BlockLayout, depth: int, mask: Mask, batch: int, heads: int, head_dim: int,
-        dtype: torch.dtype, device: torch.device, bias: Tensor | None = None,
+        dtype: torch.dtype, device: torch.device, columns: GateColumns | None = None,
     ) -> None:  # fmt: skip
         self.trajectory, self.depth, self.mask, self.head_dim = trajectory, depth, mask, head_dim
-        extra = 0 if bias is None else gate_columns(head_dim, trajectory.blocks)
+        extra = 0 if columns is None else columns.keys.shape[-1]
         shape = (depth, batch, trajectory.total, heads, head_dim + extra)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
-        self.rows: Tensor | None = None
-        if bias is not None:
-            self.rows = _of_queries(bias, head_dim, extra)  # (N, S, H, E)
-            self.keys[..., head_dim:] = _of_keys(trajectory, extra, device)
-            self.values[..., head_dim:] = 0
+        self.columns = columns
+        if columns is not None:
+            self.keys[..., head_dim:], self.values[..., head_dim:] = columns.keys, 0
         self.start(0)
 
     def start(self, block: int) -> None:
@@ -148,8 +150,8 @@ class KVCache:
         tokens = self.trajectory.slice(self.block)
         keys[:, tokens, :, : self.head_dim], values[:, tokens, :, : self.head_dim] = k, v
         q = q.to(keys.dtype)
-        if self.rows is not None:
-            q = _widened(q, self.rows[layer, self.block])
+        if self.columns is not None:
+            q = _widened(q, self.columns.queries[layer, self.block])
         out = cached_block_attention(
             q, keys, values, self.trajectory, self.block, self.mask, scale=self.head_dim**-0.5
         )

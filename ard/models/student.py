@@ -21,7 +21,7 @@ from ard.models.dit import (
     run_layers,
     unpatchify,
 )
-from ard.models.history import HistoryGates, KVCache, TeacherForced
+from ard.models.history import GateColumns, HistoryGates, KVCache, TeacherForced
 from ard.models.pretrained import Pretrained
 from ard_kernels import BlockLayout
 from ard_kernels.backends import autocast_dtype
@@ -267,13 +267,14 @@ class ARDTransformer(nn.Module, Pretrained):
 
     def trunk(self, states: Tensor, labels: Tensor) -> Tensor:
         """`forward` up to the final linear layers: (B, S*L, D)."""
-        history = TeacherForced(self.layout, self.history_layers, self.mask, self._history_bias())
+        history = TeacherForced(self.layout, self.history_layers, self.mask, self._gate_columns())
         return run_layers(
             self.blocks, self.embed(states), self.modulation(labels), history, self.checkpointing
         )[0]
 
-    def _history_bias(self) -> Tensor | None:
-        return None if self.history_gates is None else self.history_gates()
+    def _gate_columns(self) -> GateColumns | None:
+        gates = self.history_gates
+        return None if gates is None else gates.columns(self.layout, self.width // self.heads)
 
     def cache(self, batch: int, device: torch.device) -> KVCache:
         """An empty cache for `step`. Nothing is checked here.
@@ -295,7 +296,7 @@ class ARDTransformer(nn.Module, Pretrained):
             self.width // self.heads,
             autocast_dtype(device) or self.pos_embed.dtype,
             device,
-            self._history_bias(),
+            self._gate_columns(),
         )
 
     def step(self, state: Tensor, step: int, tables: Sequence[Tensor], cache: KVCache) -> Tensor:

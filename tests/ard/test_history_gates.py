@@ -47,7 +47,7 @@ def test_attention_has_the_bias(mask: Mask, lengths: tuple[int, ...], head_dim: 
 
     expected = _definition(q, k, v, layout, mask, gates()[1])
     wanted = torch.autograd.grad(expected, inputs, grad, allow_unused=True)
-    out = TeacherForced(layout, 2, mask, gates()).attend(1, q, k, v)
+    out = TeacherForced(layout, 2, mask, gates.columns(layout, head_dim)).attend(1, q, k, v)
     # Gates become float32 on their way, as scores are in the kernels.
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
     found = torch.autograd.grad(out, inputs, grad)
@@ -109,7 +109,7 @@ def test_a_closed_gate_has_the_gradient_by_which_it_would_open() -> None:
     for start in (0.0, -0.3):
         with torch.no_grad():
             gates.gates.fill_(start)
-        out = TeacherForced(layout, 1, "causal", gates()).attend(0, q, k, v)
+        out = TeacherForced(layout, 1, "causal", gates.columns(layout, 16)).attend(0, q, k, v)
         (found,) = torch.autograd.grad((out * grad).sum(), gates.gates)
         slope = (value(1e-5) - value(0.0)) / 1e-5
         assert float(found[0, 1, 2]) == pytest.approx(slope, rel=1e-3)
@@ -132,7 +132,7 @@ def test_the_cache_keeps_what_was_written() -> None:
     layout, gates = BlockLayout((2, 3, 4)), _gates(1, 2, 3)
     q, k, v = torch.randn(3, 2, 9, 2, 16, generator=torch.Generator().manual_seed(1)).double()
     expected = _definition(q, k, v, layout, "causal", gates()[0])
-    cache = KVCache(layout, 1, "causal", 2, 2, 16, torch.float64, q.device, gates())
+    cache = KVCache(layout, 1, "causal", 2, 2, 16, torch.float64, q.device, gates.columns(layout, 16))
     for _ in range(2):
         for block in range(3):
             cache.start(block)
@@ -155,12 +155,25 @@ def test_gates_open_in_training() -> None:
     wanted, gates = _gates(1, 2, 3).float(), HistoryGates(1, 2, 3)
     with torch.no_grad():
         gates.gates[..., 1] = -0.2
-        expected = TeacherForced(layout, 1, "causal", wanted()).attend(0, q, k, v)
+        expected = TeacherForced(layout, 1, "causal", wanted.columns(layout, 16)).attend(0, q, k, v)
     optimiser = torch.optim.Adam(gates.parameters(), lr=0.03)
     for _ in range(400):
         optimiser.zero_grad()
-        (TeacherForced(layout, 1, "causal", gates()).attend(0, q, k, v) - expected).square().mean().backward()
+        (
+            TeacherForced(layout, 1, "causal", gates.columns(layout, 16)).attend(0, q, k, v) - expected
+        ).square().mean().backward()
         optimiser.step()
         gates.constrain()
         assert gates.gates.min() >= 0
     torch.testing.assert_close(gates.gates, wanted.gates, rtol=0, atol=0.05)
+
+
+def test_columns_are_made_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not in every layer, nor in every step of sampling."""
+    student = ARDTransformer.from_teacher(tiny_teacher(), 4, 2, gated_history=True)
+    made, columns = [], HistoryGates.columns
+    monkeypatch.setattr(HistoryGates, "columns", lambda *given: made.append(1) or columns(*given))
+    student(torch.randn(2, 4, 1, 28, 28), torch.tensor([1, 2]))
+    assert len(made) == 1
+    ard.sample(student, torch.randn(2, 1, 28, 28), torch.tensor([1, 2]))
+    assert len(made) == 2
